@@ -1,0 +1,1 @@
+"""`eclipse`: from image URLs to a text-to-image prior, and from a prior to pictures."""

@@ -1,0 +1,1 @@
+"""Speed claims as scripts, each beside its peer."""

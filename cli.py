@@ -1,0 +1,393 @@
+"""The command line: reads options, calls one stage, prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import present, show_summary
+from .progress import Progress
+
+app = typer.Typer(
+    name="eclipse",
+    help="From image URLs to a text-to-image prior, and from a prior to pictures.\n\n"
+    "`eclipse run` goes through every stage on an embedded example; `eclipse init CARD DIR` starts your own.",
+    rich_markup_mode=None,  # plain help keeps `eclipse --help` quick
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Card = Annotated[str | None, typer.Option("--card", metavar="NAME|FILE", help="Data card; see `eclipse cards`.")]
+Root = Annotated[
+    Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="Workspace; the current directory by default.")
+]
+Cluster = Annotated[
+    str, typer.Option("--cluster", metavar="local|ray|ray://…", help="Where shard tasks run.", show_default=True)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo the stage from its beginning.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, only errors and results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=0, metavar="N", help="GPUs to use; 0 for the CPU, all by default.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"eclipse {version('eclipse-prior')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    card: Card = None,
+    workspace: Root = None,
+    gpus: Gpus = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run every stage in turn, from URLs to pictures and figures.
+
+    The stages: download, embed, filter, train, render, evaluate. A complete one is skipped, an interrupted one
+    continues. With nothing named, the embedded shapes card runs in ./eclipse-shapes.
+
+    \b
+    Examples:
+      eclipse run
+      eclipse run --card coco -w coco --gpus 8
+    """
+    from .results import show_run
+    from .stages import locate, run_all
+
+    def work(progress: Progress) -> dict[str, Any]:
+        ws = locate(card, workspace, default_card="shapes")
+        return run_all(ws, progress, overwrite=overwrite, gpus=gpus, cluster=cluster)
+
+    present(work, show_run, quiet=quiet, as_json=as_json, debug=debug)
+
+
+@app.command()
+def init(
+    card: Annotated[str, typer.Argument(metavar="CARD", help="Name or file of a data card.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to make the workspace.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a workspace from a card.
+
+    Later commands find it in the current directory, or through -w DIR.
+
+    \b
+    Examples:
+      eclipse init shapes my-shapes
+      eclipse init my-card.yaml /data/mine && cd /data/mine && eclipse download
+    """
+    from .stages import locate
+
+    def work(progress: Progress) -> dict[str, Any]:
+        ws = locate(card, directory)
+        return {"workspace": str(ws.root), "card": ws.card.name}
+
+    def show(result: dict[str, Any]) -> None:
+        print(f"workspace for {result['card']}: {result['workspace']}\nnext: cd {directory} && eclipse run")
+
+    present(work, show, as_json=as_json, debug=debug)
+
+
+@app.command()
+def cards(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this card in full.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the shipped data cards, or print one.
+
+    \b
+    Examples:
+      eclipse cards
+      eclipse cards coco > my-card.yaml
+    """
+    from .results import read_cards, show_cards
+
+    present(lambda progress: read_cards(name), show_cards, as_json=as_json, debug=debug)
+
+
+@app.command()
+def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show what each stage has done, and what is next.
+
+    \b
+    Examples:
+      eclipse status
+      eclipse status -w eclipse-shapes --json
+    """
+    from .pipeline.status import gather
+    from .results import show_status
+    from .stages import locate
+
+    present(lambda progress: gather(locate(None, workspace)), show_status, as_json=as_json, debug=debug)
+
+
+@app.command()
+def doctor(
+    card: Card = None, workspace: Root = None, quiet: Quiet = False, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Check installation, machine and cards.
+
+    In a workspace it verifies every stored feature too. Exit code 1 if something is broken. What merely is not
+    there yet (weights, URL lists) is listed with what to do.
+
+    \b
+    Examples:
+      eclipse doctor
+      eclipse doctor --card cc12m
+    """
+    from .pipeline.doctor import examine
+    from .results import show_doctor
+
+    def work(progress: Progress) -> dict[str, Any]:
+        return examine(card, workspace, progress)
+
+    if present(work, show_doctor, quiet=quiet, as_json=as_json, debug=debug)["broken"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def download(
+    card: Card = None,
+    workspace: Root = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch the card's pictures into image shards.
+
+    img2dataset writes them as WebDataset tars; a resumed download fetches what is missing.
+
+    \b
+    Examples:
+      eclipse download
+      eclipse download --card my-card.yaml -w /data/mine
+    """
+    _stage("download", card, workspace, cluster, overwrite, quiet, as_json, debug)
+
+
+@app.command()
+def embed(
+    card: Card = None,
+    workspace: Root = None,
+    gpus: Gpus = None,
+    text_states: Annotated[
+        bool | None, typer.Option("--text-states/--no-text-states", help="Store token states; the card decides.")
+    ] = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn image shards into CLIP features.
+
+    One memory-mapped Parquet part a shard; finished parts are kept when it is run again.
+
+    \b
+    Examples:
+      eclipse embed
+      eclipse embed --gpus 8
+      eclipse embed --cluster ray --no-text-states
+    """
+    _stage("embed", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, text_states=text_states)
+
+
+@app.command()
+def filter(
+    card: Card = None,
+    workspace: Root = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find copies and bad pairs by the card's rules.
+
+    Each row gets a verdict with a reason in selection.parquet; nothing is deleted.
+
+    \b
+    Examples:
+      eclipse filter
+      eclipse filter --overwrite        after changing the rules in eclipse.yaml
+    """
+    _stage("filter", card, workspace, cluster, overwrite, quiet, as_json, debug)
+
+
+@app.command()
+def train(
+    card: Card = None,
+    workspace: Root = None,
+    gpus: Gpus = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, instead of the card's.")] = None,
+    arm: Annotated[
+        str | None, typer.Option("--arm", metavar="NAME", help="eclipse, or a baseline: projection, diffusion.")
+    ] = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the prior; an interrupted run resumes exactly.
+
+    On several nodes, start the same command under torchrun; every node needs the workspace.
+
+    \b
+    Examples:
+      eclipse train
+      eclipse train --gpus 8
+      torchrun --nnodes 2 --nproc-per-node 8 -m eclipse.cli train -w /shared/ws
+    """
+    _stage("train", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, steps=steps, arm=arm)
+
+
+@app.command()
+def render(
+    prompts: Annotated[
+        Path | None, typer.Argument(metavar="[PROMPTS]", help="Text, CSV or JSONL file; the card's own by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the pictures; renders/ by default.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", metavar="NAME", help="flat, or of a scorer: geneval, t2i-compbench, dpg, hrs."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Pictures a prompt.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise.")] = None,
+    prior: Annotated[
+        str | None, typer.Option("--prior", metavar="DIR|HUB-ID|text", help="Another prior; text: the raw embedding.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps of the decoder.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", min=0, help="Of the decoder.")] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="ddpm|ddim", help="Of the decoder.")] = None,
+    blank_decoder_text: Annotated[
+        bool, typer.Option("--blank-decoder-text", help="Hide the prompt from a decoder that reads it (Karlo).")
+    ] = False,
+    card: Card = None,
+    workspace: Root = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make pictures from prompts, and a gallery of them.
+
+    \b
+    Examples:
+      eclipse render
+      eclipse render prompts.txt --samples 4 --seed 1
+      eclipse render geneval.jsonl --layout geneval --out geneval-pictures
+    """
+    options = {
+        "prompts": prompts,
+        "out": out,
+        "layout": layout,
+        "samples": samples,
+        "seed": seed,
+        "prior": prior,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "blank_decoder_text": blank_decoder_text or None,
+    }
+    _stage("render", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
+
+
+@app.command()
+def evaluate(
+    card: Card = None,
+    workspace: Root = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the trained prior.
+
+    In embedding space, and on the shapes card by pixel, beside the oracle.
+
+    \b
+    Examples:
+      eclipse evaluate
+      eclipse evaluate --json > figures.json
+    """
+    _stage("evaluate", card, workspace, cluster, overwrite, quiet, as_json, debug)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the checkpoint.")],
+    workspace: Root = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the prior in the published ECLIPSE format.
+
+    \b
+    Examples:
+      eclipse export my-prior
+    """
+    from .stages import export_prior, locate
+
+    def work(progress: Progress) -> dict[str, Any]:
+        return export_prior(locate(None, workspace), directory, overwrite=overwrite)
+
+    present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
+
+
+def _stage(
+    stage: str,
+    card: str | None,
+    workspace: Path | None,
+    cluster: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Call one stage and print its summary. Options left at None are the stage's own to decide."""
+    from .results import show_stage
+    from .stages import cluster_option, locate, run_stage
+
+    def work(progress: Progress) -> dict[str, Any]:
+        where = cluster_option(stage, cluster)
+        ws = locate(card, workspace)
+        return run_stage(ws, stage, progress, overwrite=overwrite, **options, **where)
+
+    present(work, lambda summary: show_stage(stage, summary), quiet=quiet, as_json=as_json, debug=debug)
+
+
+if __name__ == "__main__":
+    app()

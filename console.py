@@ -1,0 +1,211 @@
+"""How a command begins and ends: signals, one message an error, exit codes, JSON. Used by cli.py alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import typer
+
+from .errors import EclipseError, Terminated
+from .progress import Progress
+
+INTERRUPTED = 130
+
+
+def present(
+    work: Callable[[Progress], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Do the work of a command, print its result (one JSON object, or through `show`), and return it.
+
+    While working, standard output (also that of libraries and children) is sent to standard error.
+    """
+    try:
+        with _sigterm_raises(), _stdout_is_stderr():
+            result = work(Progress(quiet=quiet))
+    except BaseException as error:
+        raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
+    try:
+        if as_json:
+            print(json.dumps(plain(result), indent=1, ensure_ascii=False))
+        else:
+            show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # `eclipse status | head`: Typer ends quietly
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter fails on the same buffer again at its end
+        raise typer.Exit(_fail(error, as_json=False, debug=debug)) from None
+    return result
+
+
+def plain(value: Any) -> Any:
+    """The value with nothing but JSON's own types: no numpy scalars, no paths, null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """Print a table to standard output; columns of numbers are set to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[_cell(value) for value in row] for row in rows]
+    view = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
+    for index, column in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        view.add_row(*(Text(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, width=width).print(view, "")
+
+
+def show_summary(summary: dict[str, Any], *, title: str) -> None:
+    """Print a stage's summary: single values as lines, and each mapping of mappings as a table."""
+    done = "complete already" if summary.get("already_complete") else "done"
+    print(f"{title}: {done}")
+    for key, value in summary.items():
+        if key == "already_complete" or isinstance(value, list):
+            continue
+        if not isinstance(value, dict):
+            print(f"  {key.replace('_', ' ')}: {_cell(value)}")
+        elif value and all(isinstance(inner, dict) for inner in value.values()):
+            _show_grid(key, value)
+        else:
+            print(f"  {key.replace('_', ' ')}: " + ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items()))
+
+
+def _show_grid(key: str, grid: dict[str, dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in grid.values() for name in row))
+    rows = [[name, *(row.get(column, "–") for column in columns)] for name, row in grid.items()]
+    table(["", *(column.replace("_", " ") for column in columns)], rows, title=key.replace("_", " "))
+
+
+def _cell(value: Any) -> str:
+    value = plain(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.4g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "–") or cell.replace(",", "").replace(".", "").lstrip("-").isdigit()
+
+
+def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    """Say what went wrong in one message and return the exit code."""
+    _end_children()
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        problem, code = EclipseError("interrupted", hint="run the same command again to continue"), INTERRUPTED
+    else:
+        problem = explain(error)
+        code = problem.exit_code
+    print(f"error: {problem}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": problem.what, "where": problem.where, "hint": problem.hint, "exit_code": code}))
+    return code
+
+
+def explain(error: BaseException) -> EclipseError:
+    """The message for the user behind any exception."""
+    if isinstance(error, EclipseError):
+        return error
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        where = str(error.filename) if isinstance(error, OSError) and error.filename else None
+        return EclipseError(
+            "the disk is full", where=where, hint="free some space and run the same command again: it continues"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return EclipseError(error.strerror or text, where=str(error.filename))
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return EclipseError(f"out of memory: {text or 'main memory'}", hint="use a smaller batch size in the card")
+    return EclipseError(
+        f"unexpected {type(error).__name__}: {text.strip() or 'no message'}",
+        hint="run the same command with --debug for the traceback; finished work is kept",
+    )
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds the main thread like Ctrl-C does, so that stages clean up and save."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker inherits the handler, not the duty
+            os._exit(128 + number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated("stopped by SIGTERM", hint="run the same command again to continue")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _stdout_is_stderr() -> Iterator[None]:
+    """Send file descriptor 1 to standard error: libraries and children print what they like, results stay clean."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _end_children() -> None:
+    """Stop worker processes that an interrupted stage left behind."""
+    if "multiprocessing" not in sys.modules:
+        return
+    import multiprocessing
+
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(timeout=3)
+        if child.is_alive():
+            child.kill()

@@ -1,0 +1,1 @@
+"""Data cards that ship with the project."""

@@ -1,0 +1,125 @@
+"""Texts → text features → image embeddings: what comes before a decoder. Called by `render` and the lab's scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import EclipseError
+from ..pipeline.workspace import atomic_path
+from .decoder import Captions, Unconditional
+from .job import TEXT_PRIOR
+
+if TYPE_CHECKING:
+    from ..pipeline.card import Card
+    from ..pipeline.encoder import Encoder, TextFeatures
+    from ..pipeline.workspace import Workspace
+    from ..progress import Progress
+    from ..trainer.prior import PackedText
+
+CHUNK = 256
+PRIOR_STREAM = 2**32  # a decoder draws from the bare seed, as stock diffusers does; the prior's noise is another stream
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Features of B captions: embedding (B, D) float32; states (N, W), caption i in rows offsets[i]:offsets[i+1]."""
+
+    embedding: torch.Tensor
+    states: torch.Tensor
+    offsets: torch.Tensor
+    cut: tuple[int, ...]  # captions that fill the encoder's context and may have lost their end
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def packed(self, rows: Sequence[int]) -> PackedText:
+        """The token states of some captions end to end, in the order of `rows`."""
+        from ..trainer.prior import PackedText
+
+        pieces = [self.states[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        lengths = torch.tensor([0, *(len(piece) for piece in pieces)], device=self.states.device)
+        return PackedText(torch.cat(pieces), lengths.cumsum(0))
+
+    def captions(self) -> Captions:
+        return Captions.from_packed(self.embedding, self.states, self.offsets)
+
+
+def pick_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_encoder(card: Card, device: str) -> Encoder:
+    """The card's CLIP."""
+    from ..pipeline.card import resolve
+    from ..pipeline.encoder import Encoder
+
+    section = card.encoder
+    return Encoder.load(resolve(section.model), section.pretrained, precision=section.precision, device=device)
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str], progress: Progress) -> Texts:
+    """Text features of every text, in order."""
+    features: list[TextFeatures] = []
+    with progress.task("encode", len(texts), "prompts") as task:
+        for start in range(0, len(texts), CHUNK):
+            tokens, n_tokens = encoder.tokenize(texts[start : start + CHUNK])
+            features.append(encoder.encode_text(tokens, n_tokens))
+            task.advance(len(n_tokens))
+    lengths = torch.cat([f.n_tokens for f in features])
+    cut = (lengths >= encoder.context_length).nonzero().flatten().tolist()
+    return Texts(
+        torch.cat([f.embedding for f in features]),
+        torch.cat([f.states for f in features]),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        tuple(cut),
+    )
+
+
+def predict(prior: str, texts: Texts, rows: Sequence[int], seeds: Sequence[int], device: str) -> torch.Tensor:
+    """Image embeddings (len(rows), D) float32 on the CPU for the captions in `rows`, one seed each.
+
+    prior: a directory or hub id in the published format, or "text".
+
+    Raises:
+        EclipseError: the prior cannot be read, or was made for another encoder.
+    """
+    index = torch.as_tensor(list(rows))
+    if prior == TEXT_PRIOR:
+        return texts.embedding.cpu()[index]
+    from ..trainer.prior import load_prior, sample
+
+    model = load_prior(prior, device=device)
+    dim = texts.embedding.shape[1]
+    if model.config.embedding_dim != dim:
+        raise EclipseError(
+            f"the prior has embedding dim {model.config.embedding_dim}, the card's encoder {dim}",
+            where=prior,
+            hint="name a prior trained on this encoder's features",
+        )
+    predicted = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = list(rows[start : start + CHUNK])
+        pooled = texts.embedding[index[start : start + CHUNK].to(texts.embedding.device)]
+        noise_seeds = [PRIOR_STREAM + seed for seed in seeds[start : start + CHUNK]]
+        embedding = sample(model, pooled, texts.packed(chunk), seed=noise_seeds)
+        predicted.append(embedding.float().cpu())
+    return torch.cat(predicted)
+
+
+def unconditional(ws: Workspace, encoder: Encoder, decoder_kind: str, progress: Progress) -> Unconditional:
+    """What guidance contrasts with, from the card's encoder; the image embedding is kept in the workspace."""
+    if decoder_kind == "karlo":
+        return Unconditional(caption=encode_texts(encoder, [""], progress).captions())
+    from safetensors.torch import load_file, save_file
+
+    file = ws.renders / f"negative-image-embedding-{encoder.fingerprint[:16]}.safetensors"
+    if not file.is_file():
+        size = encoder.image_size
+        embedding = encoder.encode_images(torch.zeros(1, 3, size, size))[0].cpu().contiguous()
+        with atomic_path(file) as temporary:
+            save_file({"negative_image_embedding": embedding}, temporary)
+    return Unconditional(image_embedding=load_file(file)["negative_image_embedding"])

@@ -1,0 +1,122 @@
+"""The protocol every decoder meets, what it is given, and the registry. Called by `render` and the lab's scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# kind → module and class; modules are imported when asked for, since diffusers takes seconds
+KINDS = {
+    "kandinsky22": (".kandinsky", "KandinskyDecoder"),
+    "karlo": (".karlo", "KarloDecoder"),
+}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Text features of B captions: pooled (B, D), states (B, L, W), mask (B, L) bool, true on real tokens."""
+
+    pooled: torch.Tensor
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    @classmethod
+    def from_packed(cls, pooled: torch.Tensor, states: torch.Tensor, offsets: torch.Tensor) -> Captions:
+        """Pad ragged states (N, W), caption i in rows offsets[i]:offsets[i+1], to the longest of the batch."""
+        lengths = offsets.diff()
+        position = torch.arange(int(lengths.max()), device=states.device)
+        mask = position[None, :] < lengths[:, None]
+        padded = states.new_zeros(len(pooled), len(position), states.shape[1])
+        padded[mask] = states
+        return cls(pooled, padded, mask)
+
+    def take(self, rows: Sequence[int]) -> Captions:
+        """Some captions, in the order of `rows`; columns that are padding in all of them are dropped."""
+        index = torch.as_tensor(rows, device=self.pooled.device)
+        mask = self.mask[index]
+        longest = int(mask.sum(1).max())
+        return Captions(self.pooled[index], self.states[index, :longest], mask[:, :longest])
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """What the encoder makes of nothing, for guidance's other branch.
+
+    `image_embedding` (D,): the image tower's output on an all-zero pixel tensor (Kandinsky 2.2's convention).
+    `caption`: the features of the empty caption (Karlo).
+    """
+
+    image_embedding: torch.Tensor | None = None
+    caption: Captions | None = None
+
+
+class Decoder(Protocol):
+    """Image embeddings → pictures. A picture depends on its own embedding, caption and seed, not on its batch."""
+
+    name: str
+    embedding_dim: int
+    image_size: int
+    batch_size: int  # how many pictures at once suit the device
+
+    def decode(
+        self,
+        image_embedding: torch.Tensor,
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance_scale: float,
+        captions: Captions | None = None,
+    ) -> list[Image.Image]:
+        """image_embedding (B, D) raw CLIP, one seed a picture → B RGB pictures. `captions` None: without text."""
+        ...
+
+
+def load_decoder(
+    kind: str,
+    path: str,
+    *,
+    unconditional: Unconditional,
+    image_size: int | None = None,
+    scheduler: str | None = None,
+    device: str = "cpu",
+) -> Decoder:
+    """Load a decoder from a directory or a hub id. `scheduler` None: the one that comes with it.
+
+    Raises:
+        UsageError: unknown kind or option. EclipseError: weights that cannot be found, read or used.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"unknown decoder kind {kind!r}", hint=f"use one of: {', '.join(KINDS)}")
+    module, name = KINDS[kind]
+    decoder_class = getattr(import_module(module, __package__), name)
+    return decoder_class.load(
+        path, unconditional=unconditional, image_size=image_size, scheduler=scheduler, device=device
+    )
+
+
+def picture_noise(shape: Sequence[int], generators: Sequence[torch.Generator], like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise (B, *shape) from one CPU generator a picture, so that devices and batches agree."""
+    noise = [torch.randn(tuple(shape), generator=generator) for generator in generators]
+    return torch.stack(noise).to(device=like.device, dtype=like.dtype)
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def pictures_at_once(image_size: int, device: str) -> int:
+    """A batch that keeps the device busy: 32 pictures of 64 px, fewer as they grow, more on an accelerator."""
+    budget = 32 * 64**2 if device == "cpu" else 2048 * 64**2
+    return max(1, min(256, budget // image_size**2))

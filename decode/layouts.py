@@ -1,0 +1,86 @@
+"""Where each picture goes, for people and for the scorers that read it: one function a layout. Called by `render`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+from .prompts import Prompt
+
+# How many samples a prompt gets when nothing is said: what each scorer expects.
+DEFAULT_SAMPLES = {"flat": 1, "geneval": 4, "t2i-compbench": 10, "dpg": 4, "hrs": 1}
+LAYOUTS = tuple(DEFAULT_SAMPLES)
+MAX_NAME_BYTES = 220  # of 255, so that a temporary name beside it fits too
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file: a picture, or with several seeds a 2×2 grid. `path` is relative to the output directory."""
+
+    path: Path
+    prompt: int
+    seeds: tuple[int, ...]
+
+
+def plan(layout: str, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Picture]:
+    """Every file of a rendering. A seed depends on the text, its sample number and `seed` alone, not on its place."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r}", hint=f"use one of: {', '.join(LAYOUTS)}")
+    if samples < 1:
+        raise UsageError(f"{samples} samples a prompt", hint="ask for at least one")
+    if layout == "dpg" and samples != 4:
+        raise UsageError(f"{samples} samples a prompt: a DPG-Bench file is a 2×2 grid", hint="use --samples 4")
+    seeds = _seeds(prompts, samples, seed)
+    if layout == "dpg":
+        names = _unique([_safe(prompt.name) for prompt in prompts])
+        return [Picture(Path("samples", f"{names[i]}.png"), i, tuple(seeds[i])) for i in range(len(prompts))]
+    return [
+        Picture(_path(layout, i, k, prompt, samples), i, (seeds[i][k],))
+        for i, prompt in enumerate(prompts)
+        for k in range(samples)
+    ]
+
+
+def _path(layout: str, i: int, k: int, prompt: Prompt, samples: int) -> Path:
+    if layout == "geneval":  # the scorer enters every folder of digits
+        return Path(f"{i:05d}", "samples", f"{k:04d}.png")
+    if layout == "t2i-compbench":  # the scorer reads the prompt out of the name, and its number behind the last '_'
+        return Path("samples", f"{_safe(prompt.text)}_{i * samples + k:06d}.png")
+    if layout == "hrs":
+        return Path("samples", f"{i:05d}_{k:02d}.png")
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
+    return Path("samples", f"{i:05d}_{k:02d}_{slug}.png")
+
+
+def _seeds(prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[int]]:
+    """seeds[prompt][sample], 32 bits each; the second occurrence of a text gets seeds of its own."""
+    seen: Counter[str] = Counter()
+    table = []
+    for prompt in prompts:
+        table.append([picture_seed(seed, prompt.text, seen[prompt.text] * samples + k) for k in range(samples)])
+        seen[prompt.text] += 1
+    return table
+
+
+def picture_seed(seed: int, text: str, sample: int) -> int:
+    digest = hashlib.sha256(f"{seed}\0{sample}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _safe(name: str) -> str:
+    """A file name for any text: no separator, not hidden, short enough in bytes."""
+    name = re.sub(r"[/\\\0\t]", " ", name)
+    name = name.encode()[:MAX_NAME_BYTES].decode("utf-8", errors="ignore").rstrip()
+    return f"_{name[1:]}" if name.startswith(".") else name
+
+
+def _unique(names: list[str]) -> list[str]:
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None:
+        raise UsageError(f"two prompts would be written to {repeated}.png", hint="give their files different names")
+    return names

@@ -1,0 +1,166 @@
+"""Prompts files → prompts, with errors that name file and line; and the default prompts. Called by `job`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..lab.shapes import Prompt as ShapesPrompt
+    from ..lab.shapes import World
+    from ..pipeline.card import Card
+
+MAX_CHARACTERS = 2000  # a CLIP caption ends at 77 tokens; a line longer than this is not a prompt
+FORMATS = (".txt", ".jsonl", ".tsv", ".csv")
+_FORMATS_HINT = f"name a file with one prompt a line ({', '.join(FORMATS)}), or a folder of .txt files"
+
+GENERAL_PROMPTS = (
+    "a red car and a white sheep",
+    "a green bench and a blue bowl",
+    "a wooden table with three apples on it",
+    "a cat on the left of a yellow vase",
+    "a metallic ball and a fluffy pillow",
+    "two boats on a calm lake at sunset",
+    "a round mirror above a square table",
+    "a bowl of soup that looks like a planet, digital art",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `name`: the file's stem where each prompt is a file; `metadata`: what GenEval's scorer reads."""
+
+    text: str
+    name: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    category: str = ""
+    split: str = ""
+    wanted: ShapesPrompt | None = None  # what the shapes world's checker judges by
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read .txt (one a line), .jsonl (GenEval metadata), .tsv or .csv (a Prompt column), or a folder of .txt files.
+
+    Raises:
+        UsageError: naming file and line, for whatever cannot be read as a prompt.
+    """
+    path = Path(path)
+    if path.is_dir():
+        prompts = [_one_in_file(file) for file in sorted(path.glob("*.txt"))]
+    elif not path.is_file():
+        raise UsageError("no such prompts file", where=str(path), hint=_FORMATS_HINT)
+    elif path.suffix.lower() not in FORMATS:
+        raise UsageError(f"unknown kind of file: {path.suffix or 'no suffix'}", where=str(path), hint=_FORMATS_HINT)
+    else:
+        reader = {".txt": _text, ".jsonl": _jsonl, ".tsv": _table, ".csv": _table}[path.suffix.lower()]
+        prompts = list(reader(path))
+    if not prompts:
+        raise UsageError("no prompts in it", where=str(path), hint="write one prompt a line")
+    return prompts
+
+
+def prompts_of(texts: Iterable[str]) -> list[Prompt]:
+    """Prompts given as strings."""
+    return [_checked(text, f"prompt {i}", name=f"{i:05d}") for i, text in enumerate(texts)]
+
+
+def default_prompts(card: Card, per_category: int) -> list[Prompt]:
+    """The shapes world's own prompts, seen and unseen, where that is the card's source; else a few general ones."""
+    if card.source.kind != "shapes":
+        return prompts_of(GENERAL_PROMPTS)
+    from ..lab.shapes import World
+
+    return shapes_prompts(World(card.source.seed, card.source.held_out), per_category)
+
+
+def shapes_prompts(world: World, per_category: int) -> list[Prompt]:
+    """`per_category` prompts in each category and split of a shapes world, with what they ask for."""
+    from ..lab.shapes import CATEGORIES
+
+    found = [
+        prompt
+        for category in CATEGORIES
+        for split in ("seen", "unseen")
+        for prompt in world.prompts(category, per_category, split)
+    ]
+    return [
+        Prompt(p.text, f"{i:05d}", {"prompt": p.text, "tag": p.category, "split": p.split}, p.category, p.split, p)
+        for i, p in enumerate(found)
+    ]
+
+
+def _text(path: Path) -> Iterator[Prompt]:
+    for number, line in _lines(path):
+        yield _checked(line, f"{path}:{number}", name=f"{number - 1:05d}")
+
+
+def _jsonl(path: Path) -> Iterator[Prompt]:
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"not JSON: {error}", where=where, hint='each line is {"prompt": "…"}') from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise UsageError('no "prompt" text in this object', where=where, hint='each line is {"prompt": "…"}')
+        category = str(entry.get("tag", ""))
+        yield _checked(entry["prompt"], where, name=f"{number - 1:05d}", metadata=entry, category=category)
+
+
+def _table(path: Path) -> Iterator[Prompt]:
+    """PartiPrompts and its like: a header line with a column named Prompt, and perhaps one named Category."""
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    # PartiPrompts has bare quotation marks inside fields: in a .tsv they are plain characters.
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=separator, quoting=quoting)
+    header = [name.strip().lower() for name in next(reader, [])]
+    if "prompt" not in header:
+        raise UsageError("the first line names no column 'Prompt'", where=f"{path}:1", hint="add a header line")
+    column = header.index("prompt")
+    category = header.index("category") if "category" in header else None
+    try:
+        for i, row in enumerate(reader):
+            where = f"{path}:{reader.line_num}"
+            if len(row) <= max(column, category or 0):
+                raise UsageError(f"{len(row)} fields, the header has {len(header)}", where=where)
+            label = "" if category is None else row[category]
+            yield _checked(row[column], where, name=f"{i:05d}", category=label)
+    except csv.Error as error:
+        raise UsageError(f"not a table: {error}", where=f"{path}:{reader.line_num}") from None
+
+
+def _one_in_file(path: Path) -> Prompt:
+    return _checked(" ".join(line.strip() for _, line in _lines(path)), str(path), name=path.stem)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines; empty ones at the end of the file are dropped."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read it: {error.strerror}", where=str(path)) from None
+    lines = raw.removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"not UTF-8 text (byte {error.start})", where=f"{path}:{number}", hint="save the file as UTF-8"
+            ) from None
+
+
+def _checked(text: str, where: str, *, name: str, metadata: dict[str, Any] | None = None, category: str = "") -> Prompt:
+    text = text.strip()
+    if not text:
+        raise UsageError("an empty prompt", where=where, hint="write a prompt there or remove the line")
+    if len(text) > MAX_CHARACTERS:
+        raise UsageError(f"{len(text):,} characters, at most {MAX_CHARACTERS:,}", where=where, hint="shorten it")
+    if control := next((c for c in text if ord(c) < 32 and c != "\t"), None):
+        raise UsageError(f"a control character (code {ord(control)})", where=where, hint="remove it")
+    return Prompt(text, name, metadata or {"prompt": text}, category)

@@ -1,0 +1,46 @@
+"""Errors meant for users: what is wrong, where, and what to do. Raised by every room, printed by cli.py."""
+
+from __future__ import annotations
+
+
+class EclipseError(Exception):
+    """One message for the user. The command line prints it without a traceback and exits with `exit_code`.
+
+    what: the problem in one sentence; where: file, row or key; hint: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.hint:
+            lines.append(f"  to do: {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple:
+        # Keyword-only arguments do not survive the default pickling, and workers send errors to their parent.
+        return _rebuild, (type(self), self.what, self.where, self.hint)
+
+
+class UsageError(EclipseError):
+    """The command was called in a way that cannot work: exit code 2."""
+
+    exit_code = 2
+
+
+class Terminated(EclipseError):  # noqa: N818 - named after what happened, not after a fault
+    """Stopped by SIGTERM after saving: exit code 143, so that a scheduler never mistakes it for done."""
+
+    exit_code = 143
+
+
+def _rebuild(kind: type[EclipseError], what: str, where: str | None, hint: str | None) -> EclipseError:
+    return kind(what, where=where, hint=hint)

@@ -1,0 +1,1 @@
+"""The closed world: shapes whose pictures can be checked by pixel, and the small models that live in it."""

@@ -1,0 +1,151 @@
+"""Trains the lab's decoder: the image-conditioned UNet of Kandinsky 2.2 on MoVQ latents. Called by `build_models`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2 import KandinskyV22Pipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..pipeline.encoder import Encoder
+from ..pipeline.workspace import atomic_path
+from .build_movq import LATENT_CHANNELS, encode
+from .build_movq import load as load_movq
+from .build_run import Pictures, Trainer, as_floats
+
+BATCH = 64
+EMBEDDING_DIM = 128
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How a stretch of the training draws its examples."""
+
+    first_step: int
+    negative_share: float  # of pictures conditioned on the all-zero picture's embedding, for guidance
+    noisy_share: float  # of embeddings with noise, since a prior's prediction is never exact
+    noise: float  # at most, in standard deviations of the embeddings
+    time_power: (
+        float  # time = 1000·u^power for uniform u: below 1 it dwells where only the embedding tells what to draw
+    )
+
+
+PHASES = (Phase(0, 0.1, 0.5, 0.7, 1.0), Phase(1800, 0.05, 0.25, 0.4, 0.33))
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The classes and options of the published Kandinsky 2.2 decoder, with 16×16 latents and few channels."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=2 * LATENT_CHANNELS,  # as published: the second half, a learned variance, is not used here
+        down_block_types=["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],  # type: ignore[arg-type]
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],  # type: ignore[arg-type]
+        block_out_channels=[32, 96, 128],  # type: ignore[arg-type]
+        layers_per_block=1,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+        encoder_hid_dim=EMBEDDING_DIM,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+    )
+
+
+def new_scheduler() -> DDPMScheduler:
+    """The noise schedule, in training and in sampling."""
+    return DDPMScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+
+
+def build(folder: Path, pictures: Pictures, steps: int) -> None:
+    """Train and write `folder/unet`."""
+    torch.manual_seed(2)
+    encoder = Encoder.load(f"local-dir:{folder / 'clip'}")
+    latents, embeddings = (
+        latents_of(folder, pictures, load_movq(folder / "movq")),
+        embeddings_of(folder, pictures, encoder),
+    )
+    negative = negative_embedding(encoder)
+    spread = embeddings.float().std(0)
+    scheduler = new_scheduler()
+    unet = cast(UNet2DConditionModel, new_unet().to(memory_format=torch.channels_last))  # type: ignore[call-arg]
+    trainer = Trainer("unet", folder, unet, steps, learning_rate=1e-3, ema_decay=0.998, warmup=200)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.from_numpy(np.random.default_rng([23, step]).choice(pictures.count, BATCH, replace=False))
+        clean, condition = latents[rows].float(), embeddings[rows].float()
+        phase = [p for p in PHASES if p.first_step <= step][-1]
+        level = torch.rand(BATCH, 1) * phase.noise * (torch.rand(BATCH, 1) < phase.noisy_share)
+        condition = condition + level * spread * torch.randn_like(condition)
+        condition = torch.where(torch.rand(BATCH, 1) < phase.negative_share, negative, condition)
+        times = (1000 * torch.rand(BATCH) ** phase.time_power).long().clamp(max=999)
+        noise = torch.randn_like(clean)
+        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        guess = unet(noisy, times, None, added_cond_kwargs={"image_embeds": condition}).sample[:, :LATENT_CHANNELS]  # type: ignore[arg-type]
+        loss = F.mse_loss(guess, scheduler.get_velocity(clean, noise, times))  # type: ignore[arg-type]
+        return loss, {}
+
+    trainer.run(loss_of)
+    unet.half().save_pretrained(folder / "unet")
+
+
+def negative_embedding(encoder: Encoder) -> Tensor:
+    """(1, 128) embedding of the picture whose normalised pixels are all zero, as Kandinsky's pipelines define it."""
+    return encoder.encode_images(torch.zeros(1, 3, encoder.image_size, encoder.image_size))
+
+
+def pack(folder: Path, models: Path) -> None:
+    """Write what was built to `models`: `clip`, and `decoder`, which stock `KandinskyV22Pipeline` reads."""
+    shutil.copytree(folder / "clip", models / "clip", dirs_exist_ok=True)
+    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True))
+    movq = load_movq(folder / "movq-refined")
+    pipeline = KandinskyV22Pipeline(unet=unet, scheduler=new_scheduler(), movq=movq)
+    pipeline.to(torch.float16).save_pretrained(models / "decoder")
+    for weights in models.rglob("*.safetensors"):
+        weights.chmod(0o644)  # save_pretrained makes them readable by their owner alone
+    negative = negative_embedding(Encoder.load(f"local-dir:{models / 'clip'}"))
+    save_file(
+        {"negative_image_embedding": negative.half()}, models / "decoder" / "negative_image_embedding.safetensors"
+    )
+
+
+@torch.inference_mode()
+def _cached(path: Path, pictures: Pictures, of: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """`of` uint8 pictures (B, 64, 64, 3), for all pictures, in float16; computed once and kept in `path`."""
+    if not path.exists():
+        parts = []
+        for start in range(0, pictures.count, 250):
+            parts.append(of(pictures.pixels[start : start + 250]).half())
+            print(f"{path.stem} {start + len(parts[-1])}/{pictures.count}", end="\r", flush=True)
+        with atomic_path(path) as beside:
+            save_file({"rows": torch.cat(parts).contiguous()}, beside)
+    return load_file(path)["rows"]
+
+
+def embeddings_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
+    """Raw image embeddings (N, 128) float16 of all pictures."""
+    return _cached(folder / "embeddings.safetensors", pictures, encoder.encode_images)
+
+
+def latents_of(folder: Path, pictures: Pictures, movq: VQModel) -> Tensor:
+    """Unquantised latents (N, 4, 16, 16) float16 of all pictures."""
+    return _cached(folder / "latents.safetensors", pictures, lambda pixels: encode(movq, as_floats(pixels)))

@@ -1,0 +1,121 @@
+"""Measures the lab's models on fresh scenes and writes their model card. Called by `build_models card`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Template
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..decode.conditioning import encode_texts
+from ..decode.layouts import picture_seed
+from ..pipeline.card import Card
+from ..pipeline.encoder import Encoder
+from ..pipeline.workspace import atomic_path, write_json
+from ..progress import Progress
+from .checker import judge, read_all
+from .score import FRESH, decode_pictures, encode_scenes
+from .shapes import CATEGORIES, Scene, World
+
+ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
+Accuracies = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How image and text embeddings lie to each other, measured on normalised embeddings."""
+
+    matched_cosine: float
+    mismatched_cosine: float
+    modality_gap: float  # length of the difference of the two mean unit vectors
+    caption_of_picture_r1: float
+    picture_of_caption_r1: float
+    scenes: int
+
+
+def distinct_scenes(world: World, n: int) -> list[Scene]:
+    """`n` fresh scenes no two of which have the same full caption."""
+    found: dict[str, Scene] = {}
+    index = FRESH
+    while len(found) < n:
+        scene = world.scene(index, "any")
+        found.setdefault(world.full_caption(scene), scene)
+        index += 1
+    return list(found.values())
+
+
+@torch.inference_mode()
+def measure_geometry(encoder: Encoder, world: World, n: int = 1000) -> Geometry:
+    """Matched cosine, modality gap and retrieval among `n` fresh scenes with full, distinct captions."""
+    scenes = distinct_scenes(world, n)
+    image, text = encode_scenes(encoder, scenes), embed_captions(encoder, [world.full_caption(s) for s in scenes])
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    similarity = image @ text.T
+    own = torch.arange(n)
+    off = (similarity.sum() - similarity.diag().sum()) / (n * (n - 1))
+    return Geometry(
+        matched_cosine=similarity.diag().mean().item(),
+        mismatched_cosine=off.item(),
+        modality_gap=(image.mean(0) - text.mean(0)).norm().item(),
+        caption_of_picture_r1=(similarity.argmax(1) == own).float().mean().item(),
+        picture_of_caption_r1=(similarity.argmax(0) == own).float().mean().item(),
+        scenes=n,
+    )
+
+
+def embed_captions(encoder: Encoder, captions: list[str], batch: int = 250) -> Tensor:
+    """Raw text embeddings (N, D)."""
+    parts = [encoder.encode_text(*encoder.tokenize(captions[i : i + batch])) for i in range(0, len(captions), batch)]
+    return torch.cat([part.embedding for part in parts])
+
+
+def measure_decoder(encoder: Encoder, world: World, card: Card, each: int, progress: Progress) -> dict[str, Accuracies]:
+    """Accuracy a category decoding true image embeddings (`oracle`) and text embeddings (`text`)."""
+    prompts = [p for c in CATEGORIES for split in ("seen", "unseen") for p in world.prompts(c, each, split)]
+    texts = encode_texts(encoder, [p.text for p in prompts], progress)
+    embeddings = {
+        "oracle": encode_scenes(encoder, [world.scene_for(p) for p in prompts]),
+        "text": embed_captions(encoder, [p.text for p in prompts]),
+    }
+    seeds = [picture_seed(0, p.text, 0) for p in prompts]
+    pictures = decode_pictures(card, embeddings, texts, seeds, None, "cpu", progress)
+    found = {}
+    for arm, shown in pictures.items():
+        scores = [judge(reading, prompt).score for reading, prompt in zip(read_all(shown), prompts, strict=True)]
+        found[arm] = {
+            c: float(np.mean([s for s, p in zip(scores, prompts, strict=True) if p.category == c])) for c in CATEGORIES
+        }
+    return found
+
+
+def write_model_card(folder: Path, models: Path, card: Card, each: int, progress: Progress) -> dict[str, Any]:
+    """Measure everything and write `models/MODEL_CARD.md` and `models/figures.json`; returns the figures."""
+    world = World()
+    encoder = Encoder.load(f"local-dir:{models / 'clip'}")
+    figures: dict[str, Any] = {
+        "clip": asdict(measure_geometry(encoder, world)),
+        "decoder": measure_decoder(encoder, world, card, each, progress),
+        "prompts_per_category": 2 * each,
+        "sampling": {"steps": card.decoder.steps, "guidance_scale": card.decoder.guidance_scale},
+        "training": {name: _last(folder / f"{name}.jsonl") for name in ("clip", "movq", "refine", "unet")},
+        "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
+    }
+    write_json(models / "figures.json", figures)
+    template = Path(__file__).parent / "templates" / "model_card.md.j2"
+    text = Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
+        figures, card=card, world=world, targets=ORACLE_TARGETS, categories=CATEGORIES
+    )
+    with atomic_path(models / "MODEL_CARD.md") as beside:
+        beside.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return figures
+
+
+def _last(log: Path) -> dict[str, float]:
+    """The last line of a training log."""
+    return json.loads(log.read_text().splitlines()[-1])

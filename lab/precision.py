@@ -1,0 +1,84 @@
+"""How much of the planted dirt the filter found: precision and recall against the truth. Called by stages.py and tests.
+
+The only reader of the truth beside the server that plants it. It looks at a finished selection, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ..pipeline.store import Store
+from ..pipeline.workspace import Workspace
+from .truth import Planted, planted, row_of
+
+COPY_REASONS = ("exact_copy", "near_copy")
+CAPTION_REASONS = ("wrong_caption", "low_clip_score")
+TARGETS = {"copies": (0.95, 0.95), "wrong_captions": (0.9, 0.8)}  # precision, recall
+
+
+def measure(ws: Workspace) -> dict[str, Any]:
+    """Compare selection.parquet of a shapes workspace with what was planted → for each kind of dirt its counts.
+
+    Copies: an original and its copies are a group, and of the members that come to the copy rules all but one should
+    be rejected, whichever stays. A rejection as a copy is right while another member of its group is kept; a group
+    that is left with more than one has misses. Members that failed to download, or that other rules rejected, are
+    neither right nor wrong here. Wrong captions: row by row. By kind: precision, recall, found, planted, rejected.
+    """
+    plan, reasons = _verdicts(ws)
+    kinds = {"copies": COPY_REASONS, "exact_copies": COPY_REASONS[:1], "near_copies": COPY_REASONS[1:]}
+    result = {name: _copies(plan, reasons, which) for name, which in kinds.items()}
+    result["wrong_captions"] = _captions(plan, reasons)
+    for name, (precision, recall) in TARGETS.items():
+        result[name]["target"] = {"precision": precision, "recall": recall}
+        result[name]["met"] = result[name]["precision"] >= precision and result[name]["recall"] >= recall
+    return result
+
+
+def _verdicts(ws: Workspace) -> tuple[list[Planted], dict[int, str | None]]:
+    """The plan, and the reason (None: kept) of every row of the list that was embedded."""
+    source = ws.card.source
+    assert source.kind == "shapes"
+    store = Store.open(ws.embeddings)
+    table = pq.read_table(ws.selection, columns=["part", "row", "reason"])
+    rows = store.rows_of(table["part"].to_numpy(), table["row"].to_numpy())
+    numbers = [row_of(url) for url in store.column("url", rows).to_pylist()]
+    return planted(source.seed, source.rows), dict(zip(numbers, table["reason"].to_pylist(), strict=True))
+
+
+def _copies(plan: list[Planted], reasons: dict[int, str | None], which: tuple[str, ...]) -> dict[str, Any]:
+    """Counts for the copies of one or both kinds; a rejection is judged by the reason it was given."""
+    wanted = {"exact_copy" if reason == "exact_copy" else "near_copy" for reason in which}
+    groups: dict[int, list[int]] = defaultdict(list)
+    for entry in plan:
+        if entry.original is not None and entry.kind in wanted:
+            groups[entry.original].append(entry.row)
+    planted_count = found = 0
+    member = set()
+    for original, copies in groups.items():
+        present = [row for row in (original, *copies) if row in reasons and reasons[row] in (None, *COPY_REASONS)]
+        member.update(present)
+        kept = sum(reasons[row] is None for row in present)
+        planted_count += max(len(present) - 1, 0)
+        found += min(len(present) - kept, len(present) - 1) if present else 0
+    rejected = [row for row, reason in reasons.items() if reason in which]
+    right = min(sum(row in member for row in rejected), found)
+    return _figures(right, len(rejected), found, planted_count)
+
+
+def _captions(plan: list[Planted], reasons: dict[int, str | None]) -> dict[str, Any]:
+    wrong = {entry.row for entry in plan if entry.kind == "wrong_caption" and entry.row in reasons}
+    rejected = {row for row, reason in reasons.items() if reason in CAPTION_REASONS}
+    return _figures(len(wrong & rejected), len(rejected), len(wrong & rejected), len(wrong))
+
+
+def _figures(right: int, rejected: int, found: int, planted_count: int) -> dict[str, Any]:
+    return {
+        "precision": round(right / rejected, 4) if rejected else 1.0,
+        "recall": round(found / planted_count, 4) if planted_count else 1.0,
+        "found": found,
+        "planted": planted_count,
+        "rejected": rejected,
+    }

@@ -1,0 +1,227 @@
+"""Accuracy a category, seen and unseen compositions, by pixel, beside the oracle: `evaluate` on the shapes card.
+
+Arms: `prior`, the trained one; `oracle`, the true image embedding of a fresh scene that fulfils the prompt, the ceiling
+for any prior; `text`, the raw text embedding in place of an image embedding. All arms share prompts and decoder noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..decode.job import TEXT_PRIOR, prior_identity
+from ..decode.layouts import picture_seed
+from ..errors import EclipseError
+from ..pipeline.card import STAGE_SECTIONS, ShapesSource, resolve
+from ..pipeline.workspace import write_json
+from .shapes import CATEGORIES, Prompt, World
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..decode.conditioning import Texts
+    from ..pipeline.card import Card
+    from ..pipeline.encoder import Encoder
+    from ..pipeline.workspace import Workspace
+    from ..progress import Progress
+    from .checker import Verdict
+
+ARMS = ("prior", "oracle", "text")
+SPLITS = ("seen", "unseen")
+FRESH = 10_000_000  # scenes from this index on are never served to a prior
+SCENE_SPLIT = {"seen": "train", "unseen": "unseen"}
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture of one arm: uint8 (64, 64, 3), and what the checker says of it."""
+
+    picture: np.ndarray
+    verdict: Verdict
+
+
+def evaluate_shapes(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
+    """Measure the workspace's prior; returns the summary. Writes reports/evaluate.json and reports/evaluate.html.
+
+    Raises:
+        EclipseError: no trained prior, weights that cannot be used, or changed settings without `overwrite`.
+    """
+    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
+    if overwrite:
+        ws.reset("evaluate")
+    elif done := ws.completed("evaluate", fingerprint):
+        return done
+    ws.begin("evaluate", fingerprint)
+    summary, prompts, shots = measure(ws, progress, str(ws.prior / "final"))
+    from .score_page import write_score_page
+
+    page, figures = ws.reports / "evaluate.html", ws.reports / "evaluate.json"
+    write_json(figures, {**summary, "pictures": _records(prompts, shots)})
+    write_score_page(page, ws.card, summary, prompts, shots)
+    summary = {**summary, "report": str(page), "json": str(figures)}
+    ws.finish("evaluate", fingerprint, summary)
+    return summary
+
+
+def measure(
+    ws: Workspace, progress: Progress, prior: str
+) -> tuple[dict[str, Any], list[Prompt], dict[str, list[Shot]]]:
+    """The figures, the prompts, and each arm's pictures with their verdicts, for one prior (directory or hub id)."""
+    from ..decode.conditioning import encode_texts, load_encoder, pick_device, predict, unconditional
+
+    card, device = ws.card, pick_device()
+    world, options, identity = world_of(card), card.evaluate, prior_identity(prior)
+    prompts = [
+        prompt
+        for category in CATEGORIES
+        for split in SPLITS
+        for prompt in world.prompts(category, options.prompts_per_category, split)
+    ]
+    encoder = load_encoder(card, device)
+    texts = encode_texts(encoder, [p.text for p in prompts], progress)
+    rows, seeds = range(len(prompts)), [picture_seed(options.seed, p.text, 0) for p in prompts]
+    embeddings = {
+        "prior": predict(prior, texts, rows, seeds, device),
+        "oracle": encode_scenes(encoder, [world.scene_for(p, options.seed) for p in prompts]),
+        "text": predict(TEXT_PRIOR, texts, rows, seeds, device),
+    }
+    retrieval = _retrieval(world, encoder, prior, max(2, options.rows // len(SPLITS)), device, progress)
+    blank = unconditional(ws, encoder, card.decoder.kind, progress)
+    del encoder
+    pictures = decode_pictures(card, embeddings, texts, seeds, blank, device, progress)
+    shots = {arm: _judge(pictures[arm], prompts) for arm in ARMS}
+    summary = {
+        "prior": identity,
+        "prompts": len(prompts),
+        "pictures": len(prompts) * len(ARMS),
+        "held_out_compositions": len(world.held_out_pairs),
+        "accuracy": _by_category(prompts, shots),
+        "embedding": retrieval,
+    }
+    return summary, prompts, shots
+
+
+def world_of(card: Card) -> World:
+    """The world that a card's source names."""
+    if not isinstance(card.source, ShapesSource):
+        raise EclipseError("only the shapes world can be judged by pixel", where=f"card {card.name}")
+    return World(card.source.seed, card.source.held_out)
+
+
+def encode_scenes(encoder: Encoder, scenes: Sequence[Any], batch: int = 256) -> torch.Tensor:
+    """Raw image embeddings (B, D) float32, on the CPU, of scenes drawn afresh."""
+    import torch
+    from PIL import Image
+
+    from .drawing import draw
+
+    embeddings = []
+    for start in range(0, len(scenes), batch):
+        drawn = draw(scenes[start : start + batch])
+        pixels = np.stack([encoder.preprocess(Image.fromarray(picture)) for picture in drawn])
+        embeddings.append(encoder.encode_images(pixels).cpu())
+    return torch.cat(embeddings)
+
+
+def _retrieval(
+    world: World, encoder: Encoder, prior: str, count: int, device: str, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Fresh scenes with full captions: cosine to the true image embedding, and R@1 of the true picture among all."""
+    import torch.nn.functional as F
+
+    from ..decode.conditioning import encode_texts, predict
+
+    table = {}
+    for split in SPLITS:
+        scenes = [world.scene(FRESH + i, SCENE_SPLIT[split]) for i in range(count)]  # type: ignore[arg-type]
+        true = F.normalize(encode_scenes(encoder, scenes), dim=1)
+        texts = encode_texts(encoder, [world.full_caption(scene) for scene in scenes], progress)
+        for arm, source in (("prior", prior), ("text", TEXT_PRIOR)):
+            predicted = F.normalize(predict(source, texts, range(count), range(count), device), dim=1)
+            cosine = predicted @ true.T
+            found = (cosine.argmax(1).cpu().numpy() == np.arange(count)).mean()
+            table[f"{arm}_{split}"] = {
+                "cosine_to_image": round(float(cosine.diagonal().mean()), 4),
+                "recall_at_1": round(float(found), 4),
+                "scenes": count,
+            }
+    return table
+
+
+def decode_pictures(
+    card: Card,
+    embeddings: dict[str, torch.Tensor],
+    texts: Texts,
+    seeds: Sequence[int],
+    blank: Any,
+    device: str,
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    """Pictures of every arm, uint8 (B, 64, 64, 3)."""
+    from ..decode.decoder import load_decoder
+    from .shapes import IMAGE_SIZE
+
+    section = card.decoder
+    decoder = load_decoder(
+        section.kind,
+        resolve(section.path),
+        unconditional=blank,
+        image_size=section.image_size,
+        scheduler=section.scheduler,
+        device=device,
+    )
+    captions = texts.captions() if section.kind == "karlo" else None
+    pictures: dict[str, np.ndarray] = {}
+    with progress.task("evaluate", len(seeds) * len(embeddings), "pictures") as task:
+        for arm, embedding in embeddings.items():
+            images = []
+            for start in range(0, len(seeds), decoder.batch_size):
+                rows = range(start, min(start + decoder.batch_size, len(seeds)))
+                images += decoder.decode(
+                    embedding[rows.start : rows.stop],
+                    seeds=seeds[rows.start : rows.stop],
+                    steps=section.steps,
+                    guidance_scale=section.guidance_scale,
+                    captions=None if captions is None else captions.take(rows),
+                )
+                task.advance(len(rows))
+            pictures[arm] = np.stack([np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE))) for image in images])
+    return pictures
+
+
+def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Shot]:
+    from .checker import judge, read_all
+
+    return [
+        Shot(picture, judge(reading, prompt))
+        for picture, reading, prompt in zip(pictures, read_all(pictures), prompts, strict=True)
+    ]
+
+
+def _by_category(prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> dict[str, dict[str, float]]:
+    """Mean score of each category (and of all), one column an arm and split."""
+    table: dict[str, dict[str, float]] = {}
+    for category in (*CATEGORIES, "mean"):
+        row: dict[str, float] = {}
+        for split in SPLITS:
+            chosen = [i for i, p in enumerate(prompts) if p.split == split and category in (p.category, "mean")]
+            for arm in ARMS if chosen else ():
+                row[f"{arm}_{split}"] = round(float(np.mean([shots[arm][i].verdict.score for i in chosen])), 4)
+        table[category] = row
+    return table
+
+
+def _records(prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> list[dict[str, Any]]:
+    """Prompt by prompt, for whoever wants intervals or pairs."""
+    return [
+        {
+            "prompt": prompt.text,
+            "category": prompt.category,
+            "split": prompt.split,
+            **{arm: shots[arm][i].verdict.score for arm in ARMS},
+        }
+        for i, prompt in enumerate(prompts)
+    ]

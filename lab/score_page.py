@@ -1,0 +1,76 @@
+"""The page of `eclipse evaluate` on the shapes card: the table, and each arm's pictures side by side. For `score`."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..pipeline.pages import write_page
+from .shapes import CATEGORIES, Prompt
+
+if TYPE_CHECKING:
+    from ..pipeline.card import Card
+    from .score import Shot
+
+SHOWN_PER_GROUP = 3  # prompts a category and split
+ARM_NAMES = {"prior": "trained prior", "oracle": "oracle", "text": "text embedding"}
+
+
+def write_score_page(
+    path: Path, card: Card, summary: dict[str, Any], prompts: Sequence[Prompt], shots: dict[str, list[Shot]]
+) -> None:
+    """Write the page to `path`; pictures travel inside it."""
+    accuracy = summary["accuracy"]
+    splits = [split for split in ("seen", "unseen") if f"prior_{split}" in accuracy["mean"]]
+    write_page(
+        path,
+        "evaluate.html.j2",
+        folders=[Path(__file__).parent / "templates"],
+        title="Does the prior compose?",
+        lead=f"{summary['prompts']} prompts in six categories, each made into pictures from three embeddings and read "
+        "back by pixel. The oracle, a ceiling for any prior, is the true embedding of a scene that fulfils the prompt.",
+        footer=f"card {card.name}: {summary['held_out_compositions']} compositions were never seen in training",
+        arms=ARM_NAMES,
+        splits=splits,
+        accuracy=accuracy,
+        embedding=summary["embedding"],
+        groups=[
+            {"category": category, "split": split, "rows": _rows(category, split, prompts, shots)}
+            for category in CATEGORIES
+            for split in splits
+        ],
+    )
+
+
+def _rows(category: str, split: str, prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> list[dict[str, Any]]:
+    chosen = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)][:SHOWN_PER_GROUP]
+    return [
+        {
+            "prompt": prompts[i].text,
+            "shots": [
+                {
+                    "arm": name,
+                    "src": _data_uri(shots[arm][i].picture),
+                    "right": shots[arm][i].verdict.all_right,
+                    "facts": "\n".join(
+                        f"{'✓' if fact.right else '✗'} {fact.asked}" + ("" if fact.right else f": {fact.seen}")
+                        for fact in shots[arm][i].verdict.facts
+                    ),
+                }
+                for arm, name in ARM_NAMES.items()
+            ],
+        }
+        for i in chosen
+    ]
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    from PIL import Image
+
+    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode()

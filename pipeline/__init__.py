@@ -1,0 +1,1 @@
+"""From image URLs to a filtered cache of CLIP features."""

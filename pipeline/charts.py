@@ -1,0 +1,99 @@
+"""Small charts as inline SVG that takes its colours from the page, light or dark; called by pipeline.report and lab."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+# matplotlib writes colours as literals; these stand-ins become the page's variables.
+_INK, _SOFT, _LINE, _ACCENT, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _ACCENT: "--accent", _MUTED: "--muted-bar"}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "eclipse",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _SOFT,
+    "ytick.labelcolor": _SOFT,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": _SOFT,
+}
+
+
+def histogram(
+    series: Mapping[str, np.ndarray],
+    *,
+    label: str = "",
+    bins: int = 48,
+    integer: bool = False,
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> Markup:
+    """Stacked histogram of up to two named series (the second in the accent colour), with named vertical marks.
+
+    Non-finite values are left out. integer: one bar a value. Returns an <svg> element for a page based on base.html.j2.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    values = [v[np.isfinite(v)] for v in (np.asarray(v, np.float64).ravel() for v in series.values())]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.5, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        colours = [_ACCENT] if len(values) == 1 else [_MUTED, _ACCENT]
+        edges = _edges(values, bins, integer).tolist()
+        axes.hist(values, bins=edges, stacked=True, color=colours, label=list(series), rwidth=0.92)
+        for name, at in (marks or {}).items():
+            axes.axvline(at, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+            axes.text(at, 0.97, f" {name}", transform=axes.get_xaxis_transform(), va="top", color=_INK)
+        if log:
+            axes.set_yscale("log", nonpositive="clip")
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+        if len(values) > 1:
+            axes.legend(loc="best", fontsize=8.5)
+        return _svg(figure)
+
+
+def _edges(values: list[np.ndarray], bins: int, integer: bool) -> np.ndarray:
+    every = np.concatenate(values) if values else np.empty(0)
+    if not len(every):
+        return np.linspace(0, 1, 3)
+    low, high = float(every.min()), float(every.max())
+    if integer and high - low < 200:
+        return np.arange(min(low, high - 8) - 0.5, high + 1)
+    if high > low:
+        return np.linspace(low, high, bins + 1)
+    return np.linspace(low - 1, high + 1, 14)  # one value: a bar among empty ones, not a block
+
+
+def _svg(figure) -> Markup:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # would style the whole page
+    text = re.sub(r"font-family: [^;]*;", "", text)  # the page's own
+    for literal, variable in _VARIABLES.items():
+        text = text.replace(literal, f"var({variable})")
+    return Markup(text)

@@ -1,0 +1,93 @@
+"""What commands print for people: stage summaries, the run's table, cards, status, doctor. Used by cli.py alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .console import show_summary, table
+
+
+def show_stage(stage: str, summary: dict[str, Any]) -> None:
+    """One stage's summary."""
+    show_summary(summary, title=stage)
+
+
+def show_run(result: dict[str, Any]) -> None:
+    """The end of `eclipse run`: what each stage counted, the figures, and where the pictures are."""
+    from .pipeline.status import counts_text
+
+    stages = result["stages"]
+    table(["stage", "counts"], [[stage, counts_text(summary)] for stage, summary in stages.items()])
+    print()
+    if all(summary.get("already_complete") for summary in stages.values()):
+        print("every stage is complete already")
+    if "dirt" in result:
+        _show_dirt(result["dirt"])
+    show_stage("evaluate", stages["evaluate"])
+    gallery = stages["render"].get("gallery")
+    print(f"\ngallery: {gallery}" if gallery else f"\npictures: {result['workspace']}/renders")
+
+
+def _show_dirt(dirt: dict[str, Any]) -> None:
+    """What the filter found of the dirt planted in the shapes world, beside the targets."""
+    rows = []
+    for name, figures in dirt.items():
+        target = figures.get("target")
+        wanted = f"{target['precision']:.2f} / {target['recall']:.2f}" if target else ""
+        found = f"{figures['found']:,} of {figures['planted']:,}"
+        rows.append([name.replace("_", " "), found, f"{figures['precision']:.3f}", f"{figures['recall']:.3f}", wanted])
+    table(["planted dirt", "found", "precision", "recall", "target"], rows)
+
+
+def read_cards(name: str | None) -> dict[str, Any]:
+    """Every shipped card in short, or one in full with its comments."""
+    from .pipeline.card import Card, card_names, find_card
+
+    if name is not None:
+        card = Card.load(name)
+        return {"card": card.model_dump(mode="json", by_alias=True), "text": find_card(name).read_text("utf-8")}
+    loaded = [Card.load(each) for each in card_names()]
+    return {"cards": {card.name: _card_row(card) for card in loaded}}
+
+
+def _card_row(card: Any) -> dict[str, Any]:
+    rows = card.source.rows if card.source.kind == "shapes" else card.source.expected_rows
+    encoder = card.encoder.model if card.encoder.pretrained is None else card.encoder.pretrained
+    return {
+        "title": card.title,
+        "rows": rows,
+        "encoder": encoder.replace("local-dir:{models}/", "shipped "),
+        "prior": card.prior.preset,
+        "decoder": card.decoder.kind,
+    }
+
+
+def show_cards(result: dict[str, Any]) -> None:
+    """The list of cards, or the text of one: a file to start one's own from."""
+    if "text" in result:
+        sys.stdout.write(result["text"])
+        return
+    table(
+        ["card", "what", "rows", "prior", "decoder"],
+        [[name, row["title"], row["rows"], row["prior"], row["decoder"]] for name, row in result["cards"].items()],
+    )
+    print("`eclipse cards NAME` prints one in full; `eclipse init NAME DIR` starts a workspace from it.")
+
+
+def show_status(result: dict[str, Any]) -> None:
+    """The table of stages, who is at work, and what is next."""
+    rows = [[s["stage"], s["state"], s["counts"], s["finished_at"]] for s in result["stages"]]
+    table(["stage", "state", "counts", "finished"], rows, title=f"{result['card']} in {result['workspace']}")
+    if result["holder"]:
+        print(f"at work: {result['holder']}")
+    print(f"next: {result['next']}" if result["next"] else "every stage is complete")
+
+
+def show_doctor(result: dict[str, Any]) -> None:
+    """One line a check, what is missing for which card, and what text states cost."""
+    marks = {"ok": "ok", "note": "–", "missing": "missing", "broken": "BROKEN"}
+    for title, checks in result["checks"].items():
+        rows = [[marks[c["state"]], c["name"], c["found"], c["to_do"]] for c in checks]
+        table(["", "check", "found", "what to do"], rows, title=title)
+    print(result["verdict"])

@@ -1,0 +1,39 @@
+"""`embed --cluster ray` on a real Ray cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from eclipse.errors import EclipseError
+from eclipse.pipeline.embed import embed
+from eclipse.pipeline.store import Store
+from eclipse.progress import Progress
+from shards import good_samples, make_workspace, write_shard
+from tiny_clip import make_clip
+
+pytest.importorskip("ray", reason="an optional dependency: eclipse-prior[ray]")
+
+
+def test_two_nodes_share_the_shards(tmp_path: Path) -> None:
+    """Every part once and whole, the same as on one machine; without a cluster, one clear message."""
+    from ray.cluster_utils import Cluster
+
+    ws = make_workspace(tmp_path / "ws", make_clip(tmp_path / "clip"))
+    for number in range(4):
+        write_shard(ws.images / f"{number:05d}.tar", [*good_samples(number, 10), ("bad", b"junk", "caption")])
+    with pytest.raises(EclipseError, match="ray start --head"):
+        embed(ws, Progress(quiet=True), cluster="ray")
+    embed(ws, Progress(quiet=True), gpus=0, batch_size=4)
+    alone = {path.name: path.read_bytes() for path in ws.embeddings.iterdir()}
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=0)
+        summary = embed(ws, Progress(quiet=True), cluster=cluster.address, overwrite=True, batch_size=4)
+    finally:
+        cluster.shutdown()
+    assert (summary["rows"], summary["inputs"], summary["rejected"]) == (40, 44, {"unreadable": 4})
+    assert summary["devices"] == ["node 0", "node 1"]
+    assert {path.name: path.read_bytes() for path in ws.embeddings.iterdir()} == alone
+    Store.open(ws.embeddings).verify()

@@ -1,0 +1,53 @@
+"""rejected.parquet: each stage replaces its own rows and drops those that were computed from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from eclipse.errors import EclipseError
+from eclipse.pipeline.card import Card
+from eclipse.pipeline.rejected import Reject, read_rejected, write_rejected
+from eclipse.pipeline.workspace import Workspace
+
+
+@pytest.fixture
+def ws(tmp_path: Path) -> Workspace:
+    return Workspace.create(tmp_path / "ws", Card.load("shapes"))
+
+
+def stages(ws: Workspace) -> list[str]:
+    return read_rejected(ws)["stage"].to_pylist()
+
+
+def test_a_stage_replaces_its_rows_and_later_ones(ws: Workspace):
+    assert len(read_rejected(ws)) == 0
+    many = (Reject("00000", f"{i}", "http_404" if i % 3 else "timed_out", "http://u", "c") for i in range(25_000))
+    assert write_rejected(ws, "download", many) == {"http_404": 16_666, "timed_out": 8_334}
+    assert write_rejected(ws, "embed", [Reject("00001", "k\udcff", "unreadable")]) == {"unreadable": 1}
+    assert len(read_rejected(ws)) == 25_001
+    embed = read_rejected(ws, "embed").to_pylist()
+    assert embed == [
+        {"stage": "embed", "shard": "00001", "key": "k?", "reason": "unreadable", "url": "", "caption": ""}
+    ]
+    write_rejected(ws, "embed", [])
+    assert set(stages(ws)) == {"download"}
+    write_rejected(ws, "embed", [Reject("00001", "k", "unreadable")])
+    write_rejected(ws, "download", [Reject("", "row 0", "empty_url")])
+    assert stages(ws) == ["download"]
+
+
+def test_an_error_leaves_the_old_file_and_damage_is_named(ws: Workspace):
+    write_rejected(ws, "download", [Reject("", "row 0", "empty_url")])
+
+    def breaking():
+        yield Reject("", "row 1", "empty_url")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_rejected(ws, "download", breaking())
+    assert read_rejected(ws)["key"].to_pylist() == ["row 0"]
+    assert [path.name for path in ws.root.iterdir() if path.name.startswith(".tmp")] == []
+    ws.rejected.write_bytes(b"PAR1")
+    with pytest.raises(EclipseError, match="unreadable"):
+        write_rejected(ws, "embed", [])

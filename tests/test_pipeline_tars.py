@@ -1,0 +1,37 @@
+"""Members of a tar: the short way for plain headers gives what tarfile gives, in every format."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eclipse.pipeline.tars import Member, members
+
+NAMES = ["00000.jpg", "00000.txt", "dir/übung.jpg", "a" * 99, "b" * 100, "c" * 140 + "/" + "d" * 90, "e" * 300, "empty"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mtime", [0, 1.5e9 + 0.25])
+def test_every_format_reads_like_tarfile(tmp_path: Path, format: int, mtime: float) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for i, name in enumerate(NAMES):
+            if format == tarfile.USTAR_FORMAT and len(name) > 250:
+                continue
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty" else int(rng.integers(1, 2000))
+            info.mtime = mtime if format == tarfile.PAX_FORMAT else int(mtime)
+            tar.addfile(info, io.BytesIO(rng.bytes(info.size)))
+            if i == 3:
+                folder = tarfile.TarInfo("folder")
+                folder.type = tarfile.DIRTYPE
+                tar.addfile(folder)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, file.read()) for m in tar if (file := tar.extractfile(m)) is not None]
+    found = list(members(path))
+    assert [(m.name, m.data) for m in found if isinstance(m, Member)] == expected
+    assert len(found) == len(expected)

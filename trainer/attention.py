@@ -1,0 +1,121 @@
+"""Attention inside each caption of a packed batch: no padding in storage or in compute. Called by prior.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a packed batch of B captions with S special tokens after each: T = N + S·B tokens.
+
+    Captions are ordered by length, so that those of one length are neighbours and form a dense block.
+
+    order (B,): the caption at each place. source (T,): the row of [all text tokens, then each caption's S special
+    tokens] that each packed token comes from. positions (T,): its row of the positional embedding.
+    starts (B+1,) int32: where each sequence begins. longest: an upper bound of the lengths, known without a sync.
+    """
+
+    order: Tensor
+    source: Tensor
+    positions: Tensor
+    starts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, offsets: Tensor, n_text: int, *, specials: int, text_positions: int) -> Layout:
+        """offsets (B+1,) int64: caption i owns the text tokens offsets[i]:offsets[i+1] of n_text in all."""
+        device = offsets.device
+        lengths = offsets.diff()
+        order = lengths.argsort(stable=True)
+        text_lengths = lengths[order]
+        totals = text_lengths + specials
+        starts = F.pad(totals.cumsum(0), (1, 0))
+        n_tokens = n_text + specials * len(order)
+        place = torch.repeat_interleave(torch.arange(len(order), device=device), totals, output_size=n_tokens)
+        within = torch.arange(n_tokens, device=device) - starts[place]
+        beyond_text = within - text_lengths[place]
+        text_row = offsets[order][place] + within
+        special_row = n_text + specials * order[place] + beyond_text
+        return cls(
+            order=order,
+            source=torch.where(beyond_text < 0, text_row, special_row),
+            positions=torch.where(beyond_text < 0, within, text_positions + beyond_text),
+            starts=starts.int(),
+            longest=text_positions + specials,
+        )
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(B,) the packed row of each sequence's last token."""
+        return self.starts[1:].long() - 1
+
+    @cached_property
+    def each(self) -> Tensor:
+        """(B+1,) int32: the starts of sequences of one token."""
+        return torch.arange(len(self.order) + 1, device=self.order.device, dtype=torch.int32)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(sequences, tokens in each) of every run of equally long sequences."""
+        lengths, counts = self.starts.diff().unique_consecutive(return_counts=True)
+        return list(zip(counts.tolist(), lengths.tolist(), strict=True))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Causal attention of every token within its own sequence. q, k, v (T, width) → (T, width)."""
+    q, k, v = (x.unflatten(1, (heads, -1)) for x in (q, k, v))
+    if variable_length := _kernel(q):
+        starts, longest = layout.starts, layout.longest
+        return variable_length(q, k, v, starts, starts, longest, longest, window_size=(-1, 0)).flatten(1)
+    sizes = [count * length for count, length in layout.blocks]
+    outputs = [
+        _dense(block_q, block_k, block_v, count, causal=True)
+        for (count, _), block_q, block_k, block_v in zip(
+            layout.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        )
+    ]
+    return torch.cat(outputs)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Attention of each sequence's last token to all of it. q (B, width), k and v (T, width) → (B, width)."""
+    q, k, v = (x.unflatten(1, (heads, -1)) for x in (q, k, v))
+    if variable_length := _kernel(q):
+        return variable_length(q, k, v, layout.each, layout.starts, 1, layout.longest).flatten(1)
+    counts = [count for count, _ in layout.blocks]
+    sizes = [count * length for count, length in layout.blocks]
+    outputs = [
+        _dense(block_q, block_k, block_v, count, causal=False)
+        for count, block_q, block_k, block_v in zip(
+            counts, q.split(counts), k.split(sizes), v.split(sizes), strict=True
+        )
+    ]
+    return torch.cat(outputs)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, count: int, *, causal: bool) -> Tensor:
+    """Attention in a block of `count` equally long sequences: (count·L, H, d) each → (count·L, H·d)."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _kernel(q: Tensor) -> Callable[..., Any] | None:
+    """The variable-length kernel, where this tensor can use it: half precision on CUDA."""
+    return _varlen_attn() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # came with a later PyTorch than the oldest this project runs on
+        return None
+    return varlen_attn

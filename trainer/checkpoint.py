@@ -1,0 +1,117 @@
+"""Checkpoints: whole or not at all, verified when read, a damaged one never stops a resume. Called by train.py.
+
+A checkpoint is a directory of safetensors files and a state.json that holds their checksums; there is no pickle in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EclipseError
+from ..pipeline.workspace import TEMPORARY_PREFIX, atomic_path, write_json
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read: the step it was made after, other JSON state, and tensors by file and name, on the CPU."""
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], *, keep: int
+) -> Path:
+    """Write folder/step-NNNNNNNN, point folder/../latest to it, and remove all but the `keep` newest."""
+    from safetensors.torch import save_file
+
+    path = folder / f"step-{step:08d}"
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        for name, named in tensors.items():
+            on_cpu = {key: x.detach().cpu().contiguous() for key, x in named.items()}
+            save_file(on_cpu, temporary / f"{name}.safetensors")
+        checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / STATE, {"step": step, "state": state, "checksums": checksums})
+    _point(folder.parent / "latest", path)
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is intact; says which ones are not. None if there is none."""
+    paths = _newest_first(folder)
+    for position, path in enumerate(paths):
+        try:
+            return load_checkpoint(path)
+        except EclipseError as error:
+            before = f"falling back to {paths[position + 1].name}" if position + 1 < len(paths) else "starting anew"
+            say(f"checkpoint {path.name} is damaged ({error.what}): {before}")
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint. EclipseError if any of it is missing or not as it was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        record = json.loads((path / STATE).read_text())
+        for name, checksum in record["checksums"].items():
+            if _checksum(path / name) != checksum:
+                raise EclipseError(f"checksum of {name} does not match", where=str(path))
+        tensors = {Path(name).stem: load_file(path / name) for name in record["checksums"]}
+        return Checkpoint(record["step"], record["state"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise EclipseError(f"{type(error).__name__}: {error}", where=str(path)) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """AdamW's moments and step counts under the names of the parameters they belong to."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[parameter]}.{kind}": value
+        for parameter, moments in optimizer.state.items()
+        for kind, value in moments.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, for parameters on any device."""
+    parameters = dict(network.named_parameters())
+    for name, value in tensors.items():
+        parameter, kind = parameters[name.rpartition(".")[0]], name.rpartition(".")[2]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    temporary.replace(link)
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"crc32:{value:08x}"

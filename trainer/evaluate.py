@@ -1,0 +1,108 @@
+"""How good a prior's image embeddings are, measured in embedding space. Called by train.py, stages.py and the lab."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import EclipseError
+from ..pipeline.store import Store
+from .batches import read_batch
+from .feeds import StatesFrom
+from .live_text import live_text
+from .prior import Prior, load_prior, sample
+from .split import split
+
+if TYPE_CHECKING:
+    from ..pipeline.workspace import Workspace
+    from ..progress import Progress
+    from .diffusion import DiffusionPrior
+
+CHUNK = 256
+
+
+def embedding_metrics(
+    prior: Prior | DiffusionPrior,
+    store: Store,
+    rows: np.ndarray,
+    seed: int,
+    *,
+    states_from: StatesFrom | None = None,
+) -> dict[str, float]:
+    """Compare the prior's embeddings for the captions of rows (n,) with those of the true images.
+
+    cosine_image: cosine of prediction and true image. similarity_own: of prediction and its caption's embedding, with
+    that of the true images, similarity_true_image, and of the predictions with others' captions, similarity_shuffled,
+    beside it. recall_k: how often the true image is among the k nearest of all n; text_recall_1: the same for the raw
+    text embedding. norm_ratio: length of predictions over that of true images. A row's noise depends on seed and row
+    alone.
+    """
+    device = prior.prd_embedding.device
+    predictions, images, texts = [], [], []
+    for chunk in np.array_split(rows, max(1, -(-len(rows) // CHUNK))):
+        batch = read_batch(store, chunk, device=device, states_from=states_from)
+        seeds = [seed * 1_000_003 + int(row) for row in chunk]
+        predictions.append(sample(prior, batch.text_embedding, batch.text, seed=seeds))
+        images.append(batch.image_embedding)
+        texts.append(batch.text_embedding)
+    prediction, image, text = (torch.cat(x).float() for x in (predictions, images, texts))
+    lengths = prediction.norm(dim=1) / image.norm(dim=1)
+    prediction, image, text = (F.normalize(x, dim=1) for x in (prediction, image, text))
+    ranks = _ranks(prediction, image)
+    return {
+        "cosine_image": (prediction * image).sum(1).mean().item(),
+        "similarity_own": (prediction * text).sum(1).mean().item(),
+        "similarity_true_image": (image * text).sum(1).mean().item(),
+        "similarity_shuffled": (prediction * text[_others(len(rows), seed)]).sum(1).mean().item(),
+        **{f"recall_{k}": (ranks < k).float().mean().item() for k in (1, 5, 10)},
+        "text_recall_1": (_ranks(text, image) < 1).float().mean().item(),
+        "norm_ratio": lengths.mean().item(),
+    }
+
+
+def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
+    """The stage for cards whose pictures cannot be read back: the trained prior on the rows held back from training."""
+    from ..pipeline.card import STAGE_SECTIONS
+
+    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
+    if overwrite:
+        ws.reset("evaluate")
+    elif done := ws.completed("evaluate", fingerprint):
+        return done
+    ws.begin("evaluate", fingerprint)
+    final = ws.prior / "final"
+    if not final.is_dir():
+        raise EclipseError("there is no trained prior", where=str(final), hint="run `eclipse train` first")
+    card, store = ws.card, Store.open(ws.embeddings)
+    _, held_back = split(store, ws.selection, card.train.validation)
+    chosen = np.sort(np.random.default_rng(card.evaluate.seed).permutation(held_back)[: card.evaluate.rows])
+    progress.say(f"measuring on {len(chosen):,} rows that were not trained on")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    states_from = live_text(store, card.encoder, device)
+    metrics = embedding_metrics(load_prior(final, device), store, chosen, card.evaluate.seed, states_from=states_from)
+    summary = {"rows": len(chosen), **metrics}
+    ws.finish("evaluate", fingerprint, summary)
+    return summary
+
+
+def _ranks(queries: Tensor, images: Tensor) -> Tensor:
+    """(n,) images nearer to query i than image i is; copies of it do not count. Both normalised, (n, D)."""
+    own = (queries * images).sum(1, keepdim=True)
+    # A product of matrices rounds otherwise than a sum of products: without slack, a row could lose to itself.
+    return torch.cat([(part @ images.T > mine + 1e-6).sum(1) for part, mine in _chunks(queries, own)])
+
+
+def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(tensor.split(1024) for tensor in tensors), strict=True))
+
+
+def _others(n: int, seed: int) -> np.ndarray:
+    """(n,) for each row another one, at random, every row once."""
+    order = np.random.default_rng(seed).permutation(n)
+    others = np.empty(n, np.int64)
+    others[order] = np.roll(order, 1)
+    return others

@@ -1,0 +1,228 @@
+"""What a training run is made of, fresh or resumed: network, average, optimizer, rows. Called by train.py."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..errors import EclipseError, UsageError
+from ..pipeline.store import Store
+from .checkpoint import load_newest, optimizer_tensors, restore_optimizer, save_checkpoint
+from .diffusion import DiffusionObjective, DiffusionPrior
+from .distributed import World
+from .feeds import StatesFrom
+from .guard import Guard
+from .live_text import live_text
+from .objective import Objective
+from .prior import PRESETS, Prior
+from .split import split
+from .transformer import PriorConfig
+
+if TYPE_CHECKING:
+    from ..pipeline.card import EncoderSection, TrainSection
+
+ARMS = ("eclipse", "projection", "diffusion")
+PUBLISHED = ("karlo", "kandinsky22")  # presets whose embedding_dim is part of what they are
+KEPT_CHECKPOINTS = 2
+STATISTICS_ROWS = 10_000
+
+WORTH_SPLITTING = 2_000_000  # parameters from which a CPU step gains from several threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where to put it. Plain values: processes are started with it.
+
+    directory: the workspace's prior/, or any other. report: where the curves go. fingerprint: what a checkpoint must
+    carry to be resumed. validation_rows: at most so many are measured.
+    """
+
+    directory: Path
+    embeddings: Path
+    selection: Path
+    report: Path
+    preset: str
+    options: TrainSection
+    encoder: EncoderSection
+    fingerprint: str
+    validation_rows: int
+    validation_seed: int = 0
+
+
+@dataclass
+class Run:
+    """A run between two steps. `step` counts global batches consumed, skipped ones included."""
+
+    job: Job
+    world: World
+    store: Store
+    rows: np.ndarray
+    validation_rows: np.ndarray
+    prior: Prior | DiffusionPrior
+    model: nn.Module
+    average: Prior | DiffusionPrior
+    optimizer: torch.optim.Optimizer
+    objective: Objective | DiffusionObjective
+    guard: Guard
+    step: int = 0
+    best: dict[str, Any] | None = None
+
+    @property
+    def half(self) -> bool:
+        """Whether the forward pass runs in bfloat16."""
+        return self.job.options.precision == "bf16" and self.world.device.type == "cuda"
+
+    @cached_property
+    def states_from(self) -> StatesFrom | None:
+        """Makes token states where the cache stores none."""
+        return live_text(self.store, self.job.encoder, self.world.device)
+
+    def predict(self, *inputs: Any) -> Tensor:
+        """The network, in the job's precision, with gradients exchanged between processes."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.half):
+            return self.model(*inputs)
+
+    def save(self) -> None:
+        """Write a checkpoint; on the leading process only."""
+        state = {
+            "fingerprint": self.job.fingerprint,
+            "rows": _identity(self.rows),
+            "guard": asdict(self.guard),
+            "best": self.best,
+        }
+        tensors = {
+            "prior": self.prior.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.prior),
+        }
+        save_checkpoint(self.job.directory / "checkpoints", self.step, state, tensors, keep=KEPT_CHECKPOINTS)
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Continue from the newest intact checkpoint, if there is one."""
+        folder = self.job.directory / "checkpoints"
+        found = load_newest(folder, say if self.world.leads else lambda message: None)
+        if found is None:
+            return
+        state = found.state
+        if state["fingerprint"] != self.job.fingerprint or state["rows"] != _identity(self.rows):
+            what = "settings" if state["fingerprint"] != self.job.fingerprint else "rows"
+            hint = "undo the change, or start again with `eclipse train --overwrite`"
+            raise EclipseError(f"these checkpoints are of a run with other {what}", where=str(folder), hint=hint)
+        self.prior.load_state_dict(found.tensors["prior"])
+        self.average.load_state_dict(found.tensors["average"])
+        restore_optimizer(self.optimizer, self.prior, found.tensors["optimizer"])
+        self.guard = Guard(**state["guard"])
+        self.step, self.best = found.step, state["best"]
+
+
+def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
+    """Open the cache, build everything with the job's seed, resume. The same on every process."""
+    store = Store.open(job.embeddings)
+    rows, held_back = split(store, job.selection, job.options.validation)
+    chosen = np.random.default_rng(job.validation_seed).permutation(held_back)[: job.validation_rows]
+    torch.manual_seed(job.options.seed)
+    prior = _network(job, store).to(world.device)
+    if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
+        torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
+    if isinstance(prior, DiffusionPrior):
+        _normalise(prior, store, rows, job)
+    run = Run(
+        job=job,
+        world=world,
+        store=store,
+        rows=rows,
+        validation_rows=np.sort(chosen),
+        prior=prior,
+        model=prior,
+        average=copy.deepcopy(prior).requires_grad_(False).eval(),
+        optimizer=_optimizer(prior, job.options),
+        objective=_objective(prior, job.options),
+        guard=Guard(),
+    )
+    run.resume(say)
+    if world.size > 1:
+        run.model = DistributedDataParallel(prior, device_ids=None if world.device.type == "cpu" else [world.device])
+    return run
+
+
+def prior_config(preset: str, store: Store, arm: str) -> PriorConfig:
+    """The preset for this cache. UsageError where the two do not fit."""
+    config, dim = PRESETS[preset], store.embedding_dim
+    if store.text_width != dim:
+        what = f"token states have {store.text_width} dimensions, embeddings {dim}: no published prior is made for that"
+        raise UsageError(
+            what, where="encoder.model", hint="use an encoder whose text tower is as wide as its embedding"
+        )
+    if preset in PUBLISHED and config.embedding_dim != dim:
+        hint = "use prior.preset small or large, which take any dimension, or this preset's own encoder"
+        raise UsageError(
+            f"preset {preset} is made for {config.embedding_dim} dimensions, the cache has {dim}",
+            where="prior.preset",
+            hint=hint,
+        )
+    longest = int(store.token_counts().max())
+    if longest > config.num_embeddings:
+        what = f"a caption has {longest} tokens; priors take {config.num_embeddings}"
+        raise UsageError(what, where="encoder.model", hint="use an encoder with CLIP's context length")
+    specials = DiffusionPrior.specials if arm == "diffusion" else Prior.specials
+    return replace(config, embedding_dim=dim, additional_embeddings=specials)
+
+
+def _network(job: Job, store: Store) -> Prior | DiffusionPrior:
+    config = prior_config(job.preset, store, job.options.arm)
+    return DiffusionPrior(config) if job.options.arm == "diffusion" else Prior(config)
+
+
+def _objective(prior: Prior | DiffusionPrior, options: TrainSection) -> Objective | DiffusionObjective:
+    if isinstance(prior, DiffusionPrior):
+        return DiffusionObjective(prior)
+    weight = 0.0 if options.arm == "projection" else options.lambda_
+    return Objective(weight, options.temperature, options.projection_reduction)
+
+
+def _optimizer(prior: nn.Module, options: TrainSection) -> torch.optim.Optimizer:
+    """AdamW; decay on the matrices of linear layers, not on biases, norms and embeddings."""
+    linear = {layer.weight for layer in prior.modules() if isinstance(layer, nn.Linear)}
+    trained = [p for p in prior.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p in linear], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p not in linear], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+
+
+def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: Job) -> None:
+    """Mean and deviation of the training images, and the features of the empty caption."""
+    from ..pipeline.encoder import Encoder
+
+    some = np.sort(np.random.default_rng(job.options.seed).permutation(rows)[:STATISTICS_ROWS])
+    images = torch.from_numpy(store.image_embeddings(some)).float()
+    encoder = Encoder.load(job.encoder.model, job.encoder.pretrained)
+    nothing = encoder.encode_text(*encoder.tokenize([""]))
+    with torch.no_grad():
+        prior.clip_mean.copy_(images.mean(0, keepdim=True))
+        prior.clip_std.copy_(images.std(0, keepdim=True).clamp_min(1e-6))
+        prior.empty_text_embedding.copy_(nothing.embedding)
+        prior.empty_text_states.copy_(nothing.states)
+
+
+def average_weights(average: nn.Module, prior: nn.Module, *, step: int, decay: float) -> None:
+    """One step of the exponential moving average, its decay growing from 0.1 so that the start is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    averaged, current = ([p.detach() for p in network.parameters()] for network in (average, prior))
+    get_ema_multi_avg_fn(decay)(averaged, current, step)
+
+
+def _identity(rows: np.ndarray) -> str:
+    return f"{len(rows)} rows, crc32 {zlib.crc32(rows.tobytes()):08x}"
