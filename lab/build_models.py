@@ -1,4 +1,4 @@
-"""Makes the lab's models again from seeds: `python -m eclipse.lab.build_models [clip|movq|refine|unet|pack|card|all]`.
+"""Makes the lab's models again from seeds: `python -m eclipse.lab.build_models [STEP|all]`.
 
 Each step checkpoints beside its log in the build folder and goes on where it was interrupted; `pack` writes the
 finished models to `lab/models`, `card` measures them on fresh scenes.
@@ -21,7 +21,7 @@ from .model_card import write_model_card
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-STEPS = ("clip", "movq", "refine", "unet", "pack", "card")
+STEPS = ("clip", "movq", "refine", "unet", "unet-further", "pack", "card")
 
 
 @app.command()
@@ -34,6 +34,7 @@ def build(
     movq_steps: int = 720,
     refine_steps: int = 1_500,
     unet_steps: int = 3_400,
+    further_steps: int = 6_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
@@ -48,6 +49,7 @@ def build(
             "movq": lambda: build_movq.build(folder, drawn, movq_steps),
             "refine": lambda: build_movq.refine(folder, drawn, refine_steps),
             "unet": lambda: build_unet.build(folder, drawn, unet_steps),
+            "unet-further": lambda: build_unet.further(folder, drawn, further_steps),
         }
         for name in wanted:
             if name in builders:

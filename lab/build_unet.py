@@ -24,7 +24,6 @@ from .build_movq import LATENT_CHANNELS, encode
 from .build_movq import load as load_movq
 from .build_run import Pictures, Trainer, as_floats
 
-BATCH = 64
 EMBEDDING_DIM = 128
 
 
@@ -41,7 +40,19 @@ class Phase:
     )
 
 
-PHASES = (Phase(0, 0.1, 0.5, 0.7, 1.0), Phase(1800, 0.05, 0.25, 0.4, 0.33))
+@dataclass(frozen=True)
+class Recipe:
+    """One training run: optimizer settings, its seed, and its phases in order."""
+
+    seed: int
+    batch: int
+    learning_rate: float
+    phases: tuple[Phase, ...]
+
+
+FIRST = Recipe(23, 64, 1e-3, (Phase(0, 0.1, 0.5, 0.7, 1.0), Phase(1800, 0.05, 0.25, 0.4, 0.33)))
+# Layouts are learnt by then; shapes and textures need many more steps, so the batch is halved.
+FURTHER = Recipe(25, 32, 8e-4, (Phase(0, 0.05, 0.15, 0.3, 0.5),))
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -79,25 +90,39 @@ def new_scheduler() -> DDPMScheduler:
 def build(folder: Path, pictures: Pictures, steps: int) -> None:
     """Train and write `folder/unet`."""
     torch.manual_seed(2)
+    _train("unet", FIRST, new_unet(), folder, pictures, steps)
+
+
+def further(folder: Path, pictures: Pictures, steps: int) -> None:
+    """Train `folder/unet` further and write `folder/unet-further`."""
+    _train("unet-further", FURTHER, load(folder / "unet"), folder, pictures, steps)
+
+
+def load(path: Path) -> UNet2DConditionModel:
+    """A UNet in float32, ready to train or to pack."""
+    loaded = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
+    return cast(UNet2DConditionModel, loaded)
+
+
+def _train(name: str, recipe: Recipe, unet: UNet2DConditionModel, folder: Path, pictures: Pictures, steps: int) -> None:
     encoder = Encoder.load(f"local-dir:{folder / 'clip'}")
-    latents, embeddings = (
-        latents_of(folder, pictures, load_movq(folder / "movq")),
-        embeddings_of(folder, pictures, encoder),
-    )
+    latents = latents_of(folder, pictures, load_movq(folder / "movq"))
+    embeddings = embeddings_of(folder, pictures, encoder)
     negative = negative_embedding(encoder)
     spread = embeddings.float().std(0)
-    scheduler = new_scheduler()
-    unet = cast(UNet2DConditionModel, new_unet().to(memory_format=torch.channels_last))  # type: ignore[call-arg]
-    trainer = Trainer("unet", folder, unet, steps, learning_rate=1e-3, ema_decay=0.998, warmup=200)
+    scheduler, batch = new_scheduler(), recipe.batch
+    unet = cast(UNet2DConditionModel, unet.to(memory_format=torch.channels_last))  # type: ignore[call-arg]
+    trainer = Trainer(name, folder, unet, steps, recipe.learning_rate, ema_decay=0.998, warmup=200)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.from_numpy(np.random.default_rng([23, step]).choice(pictures.count, BATCH, replace=False))
+        rows = np.random.default_rng([recipe.seed, step]).choice(pictures.count, batch, replace=False)
+        rows = torch.from_numpy(rows)
         clean, condition = latents[rows].float(), embeddings[rows].float()
-        phase = [p for p in PHASES if p.first_step <= step][-1]
-        level = torch.rand(BATCH, 1) * phase.noise * (torch.rand(BATCH, 1) < phase.noisy_share)
+        phase = [p for p in recipe.phases if p.first_step <= step][-1]
+        level = torch.rand(batch, 1) * phase.noise * (torch.rand(batch, 1) < phase.noisy_share)
         condition = condition + level * spread * torch.randn_like(condition)
-        condition = torch.where(torch.rand(BATCH, 1) < phase.negative_share, negative, condition)
-        times = (1000 * torch.rand(BATCH) ** phase.time_power).long().clamp(max=999)
+        condition = torch.where(torch.rand(batch, 1) < phase.negative_share, negative, condition)
+        times = (1000 * torch.rand(batch) ** phase.time_power).long().clamp(max=999)
         noise = torch.randn_like(clean)
         noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
         guess = unet(noisy, times, None, added_cond_kwargs={"image_embeds": condition}).sample[:, :LATENT_CHANNELS]  # type: ignore[arg-type]
@@ -105,7 +130,7 @@ def build(folder: Path, pictures: Pictures, steps: int) -> None:
         return loss, {}
 
     trainer.run(loss_of)
-    unet.half().save_pretrained(folder / "unet")
+    unet.half().save_pretrained(folder / name)
 
 
 def negative_embedding(encoder: Encoder) -> Tensor:
@@ -116,7 +141,7 @@ def negative_embedding(encoder: Encoder) -> Tensor:
 def pack(folder: Path, models: Path) -> None:
     """Write what was built to `models`: `clip`, and `decoder`, which stock `KandinskyV22Pipeline` reads."""
     shutil.copytree(folder / "clip", models / "clip", dirs_exist_ok=True)
-    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True))
+    unet = load(folder / "unet-further")
     movq = load_movq(folder / "movq-refined")
     pipeline = KandinskyV22Pipeline(unet=unet, scheduler=new_scheduler(), movq=movq)
     pipeline.to(torch.float16).save_pretrained(models / "decoder")
