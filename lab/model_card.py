@@ -19,11 +19,13 @@ from ..pipeline.card import Card
 from ..pipeline.encoder import Encoder
 from ..pipeline.workspace import atomic_path, write_json
 from ..progress import Progress
+from . import build_unet
 from .checker import judge, read_all
 from .score import FRESH, decode_pictures, encode_scenes
 from .shapes import CATEGORIES, Scene, World
 
 ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
+TRAINED = ("clip", "movq", "refine", "unet", "unet-further")  # whose logs the card quotes
 Accuracies = dict[str, float]
 
 
@@ -103,13 +105,14 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         "decoder": measure_decoder(encoder, world, card, each, progress),
         "prompts_per_category": 2 * each,
         "sampling": {"steps": card.decoder.steps, "guidance_scale": card.decoder.guidance_scale},
-        "training": {name: _last(folder / f"{name}.jsonl") for name in ("clip", "movq", "refine", "unet")},
+        "training": {name: _last(folder / f"{name}.jsonl") for name in TRAINED},
         "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
     }
     write_json(models / "figures.json", figures)
+    batch = {"first": build_unet.FIRST.batch, "further": build_unet.FURTHER.batch}
     template = Path(__file__).parent / "templates" / "model_card.md.j2"
     text = Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
-        figures, card=card, world=world, targets=ORACLE_TARGETS, categories=CATEGORIES
+        figures, card=card, world=world, targets=ORACLE_TARGETS, categories=CATEGORIES, batch=batch
     )
     with atomic_path(models / "MODEL_CARD.md") as beside:
         beside.write_text(text.rstrip() + "\n", encoding="utf-8")
