@@ -366,6 +366,50 @@ def export(
     present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
 
 
+@app.command()
+def lab(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="world, separation, reduction or sweep.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of results and caches.")] = Path(
+        "eclipse-lab"
+    ),
+    held_out: Annotated[
+        float | None, typer.Option("--held-out", min=0.05, max=0.8, help="Share of compositions kept from training.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", min=100, help="Training pairs.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="N,N,…", help="0,1,2 by default; 0 alone in the sweep.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, instead of the card's.")] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Prompts a category and split.")] = None,
+    card: Card = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment of the closed world.
+
+    world shows scenes, checker and small models on a page. separation: can the world tell priors apart? reduction:
+    the projection loss as mean or as sum. sweep: the projection arm over held-out shares and numbers of pairs. What
+    is done is kept in DIR; the same command continues.
+
+    \b
+    Examples:
+      eclipse lab separation
+      eclipse lab separation --held-out 0.8 --pairs 16000 --seeds 0,1,2,3,4
+      eclipse lab reduction --json > reduction.json
+      eclipse lab sweep -o sweep
+    """
+    from .results import show_experiment
+    from .stages import run_experiment
+
+    dials = {"held_out": held_out, "pairs": pairs, "seeds": seeds, "steps": steps, "prompts": prompts}
+
+    def work(progress: Progress) -> dict[str, Any]:
+        return run_experiment(experiment, out, progress, card=card, **dials)
+
+    present(work, show_experiment, quiet=quiet, as_json=as_json, debug=debug)
+
+
 def _stage(
     stage: str,
     card: str | None,

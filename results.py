@@ -75,6 +75,68 @@ def show_cards(result: dict[str, Any]) -> None:
     print("`eclipse cards NAME` prints one in full; `eclipse init NAME DIR` starts a workspace from it.")
 
 
+def show_experiment(result: dict[str, Any]) -> None:
+    """An experiment's setting, its tables, what follows from them, and where the page is."""
+    show = {"separation": _show_separation, "reduction": _show_reduction, "sweep": _show_sweep}
+    if result["experiment"] not in show:
+        show_summary(result, title="lab world")
+        return
+    setting = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in result["setting"].items())
+    print(f"lab {result['experiment']}: {setting}\n")
+    show[result["experiment"]](result)
+    print(f"\nreport: {result['report']}\njson: {result['json']}")
+
+
+def _show_separation(result: dict[str, Any]) -> None:
+    for split in ("seen", "unseen"):
+        accuracy = {arm: splits[split] for arm, splits in result["accuracy"].items()}
+        categories = list(next(iter(accuracy.values())))
+        rows = [
+            [arm, *(_spread(row[category]) for category in categories), _spread(result["cosine"][arm][split])]
+            for arm, row in accuracy.items()
+        ]
+        table([f"{split} compositions", *categories, "cosine"], rows)
+        print()
+    rows = [
+        [f"{pair['better']} over {pair['worse']}", _spread(pair["difference"]), "yes" if pair["clear"] else "no"]
+        for pair in result["told_apart"]
+    ]
+    table(["unseen compositions", "difference", "clear"], rows)
+    ratio = _spread(result["projection_of_oracle"])
+    print(f"\nprojection prior, of the oracle: {ratio}" + ("; this setting is too easy" if result["too_easy"] else ""))
+
+
+def _show_reduction(result: dict[str, Any]) -> None:
+    for split in ("seen", "unseen"):
+        tables = {name: splits[split] for name, splits in result["embedding"].items()}
+        figures = list(next(iter(tables.values())))
+        rows = [[name, *(_spread(row[figure]) for figure in figures)] for name, row in tables.items()]
+        differences = result["sum_less_mean"][split]
+        rows.append(
+            ["sum − mean", *(_spread(differences[figure]) if figure in differences else "" for figure in figures)]
+        )
+        table([f"{split} compositions", *(figure.replace("_", " ") for figure in figures)], rows)
+        print()
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    columns = ("cosine_unseen", "recall_1_unseen", "oracle_unseen", "projection_unseen", "of_oracle_unseen")
+    rows = [
+        [row["held_out"], row["pairs"], *(f"{row[column]:.3f}" for column in columns), "yes" if row["too_easy"] else ""]
+        for row in result["grid"]
+    ]
+    table(["held out", "pairs", *(column.replace("_", " ") for column in columns), "too easy"], rows)
+
+
+def _spread(value: dict[str, float | None]) -> str:
+    deviation = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
+    return f"{value['mean']:.3f}{deviation}"
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def show_status(result: dict[str, Any]) -> None:
     """The table of stages, who is at work, and what is next."""
     rows = [[s["stage"], s["state"], s["counts"], s["finished_at"]] for s in result["stages"]]

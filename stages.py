@@ -1,4 +1,4 @@
-"""Finds the workspace, and calls one stage or all of them in turn under its lock. Used by cli.py alone."""
+"""Finds the workspace, and calls one stage or all of them in turn under its lock; runs the lab. Used by cli.py."""
 
 from __future__ import annotations
 
@@ -132,6 +132,21 @@ def export_prior(ws: Workspace, directory: Path, *, overwrite: bool = False) -> 
     with atomic_path(directory.absolute()) as temporary:
         save_prior(prior, temporary)
     return {"prior": str(directory.absolute()), "parameters": sum(p.numel() for p in prior.parameters())}
+
+
+def run_experiment(
+    name: str, out: Path, progress: Progress, *, card: str | None, seeds: str | None, **dials: Any
+) -> dict[str, Any]:
+    """Run one of the lab's experiments in the folder `out`; `seeds` is a list such as 0,1,2."""
+    numbers = None
+    if seeds is not None:
+        parts = seeds.split(",")
+        if not all(part.isascii() and part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
+            raise UsageError("seeds are distinct whole numbers", where=f"--seeds {seeds}", hint="such as 0,1,2")
+        numbers = tuple(int(part) for part in parts)
+    from .lab.experiments import Dials, run
+
+    return run(name, out, progress, Dials(seeds=numbers, **dials), card=card)
 
 
 def _done(ws: Workspace, stage: str) -> dict[str, Any] | None:

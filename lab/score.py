@@ -92,7 +92,7 @@ def measure(
     blank = unconditional(ws, encoder, card.decoder.kind, progress)
     del encoder
     pictures = decode_pictures(card, embeddings, texts, seeds, blank, device, progress)
-    shots = {arm: _judge(pictures[arm], prompts) for arm in ARMS}
+    shots = {arm: judge_pictures(pictures[arm], prompts) for arm in ARMS}
     summary = {
         "prior": identity,
         "prompts": len(prompts),
@@ -192,7 +192,7 @@ def decode_pictures(
     return pictures
 
 
-def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Shot]:
+def judge_pictures(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Shot]:
     from .checker import judge, read_all
 
     return [
@@ -203,14 +203,22 @@ def _judge(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Shot]:
 
 def _by_category(prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> dict[str, dict[str, float]]:
     """Mean score of each category (and of all), one column an arm and split."""
+    means = {arm: category_means(prompts, [shot.verdict.score for shot in shots[arm]]) for arm in ARMS}
+    return {
+        category: {f"{arm}_{split}": round(means[arm][category][split], 4) for split in row for arm in ARMS}
+        for category, row in means[ARMS[0]].items()
+    }
+
+
+def category_means(prompts: Sequence[Prompt], scores: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Mean score of each category, and of all as `mean`, by split; a split without prompts is left out."""
     table: dict[str, dict[str, float]] = {}
     for category in (*CATEGORIES, "mean"):
-        row: dict[str, float] = {}
+        table[category] = {}
         for split in SPLITS:
             chosen = [i for i, p in enumerate(prompts) if p.split == split and category in (p.category, "mean")]
-            for arm in ARMS if chosen else ():
-                row[f"{arm}_{split}"] = round(float(np.mean([shots[arm][i].verdict.score for i in chosen])), 4)
-        table[category] = row
+            if chosen:
+                table[category][split] = float(np.mean([scores[i] for i in chosen]))
     return table
 
 

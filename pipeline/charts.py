@@ -74,6 +74,41 @@ def histogram(
         return _svg(figure)
 
 
+def dots(rows: Mapping[str, Mapping[str, tuple[float, float | None]]], *, label: str = "") -> Markup:
+    """One line a row, and on it a dot for each of its (up to two) named series: mean and deviation, None: no bar.
+
+    The second series is in the accent colour; rows run from the top. Returns an <svg> element as `histogram` does.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(6.2, 0.9 + 0.38 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        shift = 0.0 if len(names) == 1 else 0.14
+        for offset, name, colour in zip((-shift, shift), names, (_SOFT, _ACCENT), strict=False):
+            at = [(place, *row[name]) for place, row in enumerate(rows.values()) if name in row]
+            places, means, deviations = zip(*at, strict=True)
+            axes.errorbar(
+                means,
+                np.array(places) + offset,
+                xerr=[deviation or 0.0 for deviation in deviations],
+                fmt="o",
+                markersize=5,
+                elinewidth=1.6,
+                color=colour,
+                label=name,
+            )
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        if len(names) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (0.38 * len(rows))), ncols=2, fontsize=8.5)
+        return _svg(figure)
+
+
 def _edges(values: list[np.ndarray], bins: int, integer: bool) -> np.ndarray:
     every = np.concatenate(values) if values else np.empty(0)
     if not len(every):

@@ -18,7 +18,7 @@ from eclipse.pipeline.card import STAGE_SECTIONS, Card
 from eclipse.pipeline.workspace import STAGES, Workspace
 from typer.testing import CliRunner
 
-COMMANDS = ["run", "init", "cards", "status", "doctor", *STAGES, "export"]
+COMMANDS = ["run", "init", "cards", "status", "doctor", *STAGES, "export", "lab"]
 
 
 def eclipse(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
