@@ -84,7 +84,7 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float | None]]], *, label:
 
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(6.2, 0.9 + 0.38 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(6.2, 1.1 + 0.38 * len(rows)), layout="constrained")
         axes = figure.subplots()
         axes.patch.set_alpha(0)
         shift = 0.0 if len(names) == 1 else 0.14
