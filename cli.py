@@ -379,7 +379,7 @@ def lab(
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,N,…", help="0,1,2 by default; 0 alone in the sweep.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, instead of the card's.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps of every prior.")] = None,
     prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Prompts a category and split.")] = None,
     card: Card = None,
     quiet: Quiet = False,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXPERIMENTS = ("world", "separation", "reduction", "sweep")
 HELD_OUT, PAIRS = 0.5, 4000  # chosen on the projection arm alone, by `sweep`
 SEEDS = (0, 1, 2)
+STEPS = 300  # optimizer steps; with more, nine priors and their pictures take two cores past ten minutes
 PROMPTS = 12  # a category and split
 FRESH_SCENES = 500  # a split, for figures in embedding space
 SWEPT_HELD_OUT = (0.15, 0.5, 0.8)
@@ -99,7 +100,7 @@ class Trials:
         setting = Setting(
             held_out=held_out or dials.held_out or HELD_OUT,
             pairs=pairs or dials.pairs or PAIRS,
-            steps=dials.steps or self.card.train.steps,
+            steps=dials.steps or STEPS,
             prompts=dials.prompts or PROMPTS,
             seed=seed,
             fresh=dials.fresh,

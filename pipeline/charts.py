@@ -105,7 +105,7 @@ def dots(rows: Mapping[str, Mapping[str, tuple[float, float | None]]], *, label:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(label)
         if len(names) > 1:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / (0.38 * len(rows))), ncols=2, fontsize=8.5)
+            figure.legend(loc="outside upper center", ncols=len(names), fontsize=8.5)
         return _svg(figure)
 
 
