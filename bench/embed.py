@@ -71,6 +71,19 @@ def random_clip(name: str, directory: Path) -> str:
     return f"local-dir:{directory}"
 
 
+def make_workspace(root: Path, model: str) -> Workspace:
+    """A workspace for shards that no download made, and the encoder `model`."""
+    card = Card.model_validate(
+        {
+            "name": "bench",
+            "source": {"kind": "urls", "urls": "none.parquet"},
+            "encoder": {"model": model},
+            "decoder": {"path": "none"},
+        }
+    )
+    return Workspace.create(root, card)
+
+
 def forward_passes(encoder: Encoder, shards: Path, batch: int) -> dict[str, Callable[[], None]]:
     """Both towers over everything in the shards, decoded and tokenized beforehand, captions sorted by length."""
     samples = [item for tar in sorted(shards.glob("*.tar")) for item in read_shard(tar) if isinstance(item, Sample)]
@@ -116,15 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = random_clip(options.random, Path(scratch) / "clip") if options.random else options.model
         encoder = Encoder.load(model)
-        card = Card.model_validate(
-            {
-                "name": "bench",
-                "source": {"kind": "urls", "urls": "none.parquet"},
-                "encoder": {"model": model},
-                "decoder": {"path": "none"},
-            }
-        )
-        ws = Workspace.create(Path(scratch) / "ws", card)
+        ws = make_workspace(Path(scratch) / "ws", model)
         make_shards(ws.images, options.pictures, 64 if encoder.image_size <= 64 else 256)
         best = measure(ws, encoder, options.pictures, options.rounds)
     forward = [figures for name, figures in best.items() if name != END_TO_END]

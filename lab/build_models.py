@@ -34,7 +34,7 @@ def build(
     movq_steps: int = 720,
     refine_steps: int = 1_500,
     unet_steps: int = 3_400,
-    further_steps: int = 5_000,
+    further_steps: int = 4_200,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
