@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import regex
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
@@ -71,7 +70,7 @@ class CaptionTokenizer:
         if not _PLAIN.fullmatch(caption):
             return self._tokenizer.encode(caption)
         ids: list[int] = []
-        for word in regex.findall(self._tokenizer.pat, caption.lower()):
+        for word in self._tokenizer.pat.findall(caption.lower()):
             known = self._words.get(word)
             if known is None:
                 if len(self._words) > 500_000:

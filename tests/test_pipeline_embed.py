@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from eclipse.errors import EclipseError, UsageError
@@ -231,6 +233,85 @@ def test_a_row_that_overflows_half_precision_is_set_aside(tmp_path: Path) -> Non
     with pytest.raises(EclipseError, match="none of 3 inputs"):
         embed(ws, QUIET, gpus=0)
     assert read_rejected(ws, "embed")["reason"].to_pylist() == ["embedding_not_finite"] * 3
+
+
+def test_a_shard_that_exhausts_the_memory_is_tried_with_half_the_batch(ws: Workspace, monkeypatch) -> None:
+    """Once it fits, every row is there; if it never does, the shard is named and the others are kept."""
+    plain, sizes = Encoder.encode_images, []
+    room = BATCH // 2
+
+    def encode(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        if len(pixels) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(encoder, pixels)
+
+    monkeypatch.setattr(Encoder, "encode_images", encode)
+    summary = embed(ws, QUIET, gpus=0, batch_size=BATCH)
+    assert summary["rows"] == sum(1 for _ in every_sample(ws))
+    assert BATCH in sizes and BATCH // 2 in sizes
+
+    room = 0
+    with pytest.raises(EclipseError, match=r"3 of 5 shards could not be embedded[\s\S]*00000\.tar: CUDA out of memory"):
+        embed(ws, QUIET, gpus=0, batch_size=BATCH, overwrite=True)
+    assert {path.name for path in ws.embeddings.iterdir()} == {"part-00002.parquet", "part-00003.parquet"}
+
+
+def test_500_malformed_inputs_through_the_whole_stage(tmp_path: Path, clip: str) -> None:
+    """Broken pictures, names, and tars between good samples: every key ends in exactly one part or reject."""
+    rng = np.random.default_rng(6)
+    ws = make_workspace(tmp_path / "ws", clip)
+    expected: dict[str, set[str]] = {}
+    good = good_samples(90, 2)
+    for number, kind in enumerate(("JPEG", "PNG")):
+        whole = [picture(i, kind=kind) for i in range(5)]
+        rows = [(f"{kind}{i:03d}", flipped(whole[i % 5], rng, 1 + i % 20), "words") for i in range(150)]
+        write_shard(ws.images / f"{number:05d}.tar", [good[0], *rows, good[1]])
+        expected[f"{number:05d}"] = {good[0][0], good[1][0], *(key for key, _, _ in rows)}
+    for number in range(2, 102):
+        path = ws.images / f"{number:05d}.tar"
+        whole = tar_with_metadata(path, [(f"{number}-{i}", picture(i), "words") for i in range(3)])
+        path.write_bytes(whole[: int(rng.integers(len(whole)))] if number % 2 else flipped(whole, rng, 30))
+        expected[f"{number:05d}"] = {f"{number}-{i}" for i in range(3)}
+    names = [name for i in range(25) for name in (f"../{i}/x.jpg", f"/etc/{i}.jpg", f"a\nb{i}.jpg", f"odd{i}")]
+    write_tar(ws.images / "00102.tar", [*((name, picture(1)) for name in names), *pair(good[0])])
+    expected["00102"] = {good[0][0], *names}
+
+    summary = embed(ws, QUIET, gpus=0, batch_size=BATCH)
+    fates: dict[str, list[str]] = {shard: [] for shard in expected}
+    store = Store.open(ws.embeddings)
+    keys = iter(store.column("key").to_pylist())
+    for part in store.parts:
+        fates[f"{part.number:05d}"] += [next(keys) for _ in range(part.rows)]
+    for reject in read_rejected(ws, "embed").to_pylist():
+        fates[reject["shard"]].append(reject["key"])
+    assert sum(map(len, fates.values())) == summary["inputs"] == summary["rows"] + sum(summary["rejected"].values())
+    for shard, keys_of_shard in expected.items():
+        assert keys_of_shard <= set(fates[shard]), f"shard {shard} lost an input"
+        if shard in ("00000", "00001", "00102"):
+            assert sorted(fates[shard]) == sorted(keys_of_shard)
+    assert not (tmp_path / "0").exists() and not (ws.root / "0").exists(), "names are labels, not paths"
+
+
+def flipped(data: bytes, rng: np.random.Generator, flips: int) -> bytes:
+    out = bytearray(data)
+    for place in rng.integers(0, len(out), size=flips):
+        out[place] ^= 1 << int(rng.integers(8))
+    return bytes(out)
+
+
+def pair(sample: tuple[str, bytes | None, str]) -> list[tuple[str, bytes]]:
+    key, data, caption = sample
+    assert data is not None
+    return [(f"{key}.jpg", data), (f"{key}.txt", caption.encode())]
+
+
+def tar_with_metadata(path: Path, samples: list[tuple[str, bytes | None, str]]) -> bytes:
+    """The bytes of a shard as `download` writes it, with its metadata Parquet, which tells what a broken tar held."""
+    write_shard(path, samples)
+    columns = {name: [key for key, _, _ in samples] for name in ("key", "url", "caption")}
+    pq.write_table(pa.table({**columns, "status": ["success"] * len(samples)}), path.with_suffix(".parquet"))
+    return path.read_bytes()
 
 
 def test_a_killed_worker_is_replaced(ws: Workspace) -> None:
