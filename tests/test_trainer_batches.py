@@ -55,6 +55,20 @@ def test_batches_hold_the_features_of_their_rows(cache: tuple[Store, Rows], opti
     assert set(seen.tolist()) == set(SELECTED.tolist())
 
 
+def test_memory_is_used_again_but_not_while_any_view_of_it_is_held(cache: tuple[Store, Rows]) -> None:
+    store, truth = cache
+    addresses, held = [], []
+    with Batches(store, SELECTED, STEP, seed=7) as batches:
+        for batch in itertools.islice(batches, 40):
+            addresses.append(batch.text.states.data_ptr())
+            if len(held) < 4:
+                held.append((batch.rows, batch.text.states[2:5], batch.image_embedding.numpy()[-1]))
+    assert len(set(addresses)) < 20
+    for rows, some_states, last_image in held:
+        assert (some_states.numpy() == np.concatenate(states_of(truth, rows))[2:5]).all()
+        assert (last_image == truth["image_embedding"][rows[-1]]).all()
+
+
 @pytest.mark.parametrize("block_rows", [1, 16])
 def test_epochs_are_complete_and_batches_full(cache: tuple[Store, Rows], block_rows: int) -> None:
     # Two epochs are 2·n samples; n is no multiple of the batch, so one batch belongs to both.

@@ -5,6 +5,7 @@ batches.py.
 from __future__ import annotations
 
 import resource
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,10 +75,36 @@ class Buffers:
         return memory[: rows * width].view(rows, width)
 
 
+class Recycled:
+    """Host memory of delivered tensors, used again for later ones as soon as nobody holds them any more.
+
+    New memory costs a page fault every 4 KB: for a batch of token states several times what copying them costs.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[np.ndarray]] = {}
+
+    def copy(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """`source` as `dtype`, in memory that was last used under this name or is new. From any thread."""
+        free, size = self._free.setdefault(name, []), source.numel() * dtype.itemsize
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(0, np.uint8)
+        if memory.size < size:
+            memory = np.empty(size * 9 // 8, np.uint8)
+        lent = memory[:size]
+        target = torch.from_numpy(lent).view(dtype).view(source.shape)
+        # The tensor, and whatever is a view of it, holds `lent` and nothing else does.
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return target.copy_(source)
+
+
 class StoreFeed:
     """Batches gathered from the store by threads, in the order of the requests.
 
-    On CUDA the copies run on a stream of their own, ahead of the computation. dtype: of the token states.
+    On CUDA the copies run on a stream of their own, ahead of the computation; on a CPU the threads convert as well.
+    dtype: of the token states.
     states_from: makes the captions of the given rows where no states are stored, in the caller's thread.
     """
 
@@ -97,6 +124,7 @@ class StoreFeed:
         self._free = deque(Buffers(store, device) for _ in range(depth))
         self._pending: deque[tuple[np.ndarray, Buffers, Future]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._delivered = Recycled()
 
     def wants_more(self) -> bool:
         """Whether a buffer is free for another request."""
@@ -139,7 +167,7 @@ class StoreFeed:
         # A batch asked for ahead waits no more, so one wait stands for several batches.
         self._cold = COLD_BATCHES if _disk_waits() > waits else self._cold - 1
         if self._stream is None:
-            return image, text, packed, None
+            return *self._convert(image, text, packed), None
         with torch.cuda.stream(self._stream):
             image, text = (x.to(self._device, non_blocking=True) for x in (image, text))
             packed = None if packed is None else packed.to(self._device, non_blocking=True)
@@ -147,6 +175,13 @@ class StoreFeed:
             event.record(self._stream)
         buffers.sent(event)
         return image, text, packed, event
+
+    def _convert(self, image: Tensor, text: Tensor, packed: PackedText | None) -> tuple:
+        copy = self._delivered.copy
+        image, text = copy("image", image, torch.float32), copy("text", text, torch.float32)
+        if packed is not None:
+            packed = PackedText(copy("states", packed.states, self._dtype), packed.offsets.clone())
+        return image, text, packed
 
     def _receive(self, event: torch.cuda.Event, image: Tensor, text: Tensor, packed: PackedText | None) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -159,11 +194,8 @@ class StoreFeed:
             assert self._states_from is not None
             packed = self._states_from(rows)
             packed = PackedText(packed.states.to(self._device, self._dtype), packed.offsets.to(self._device))
-        else:  # on the CPU a copy is what frees the buffer
-            keep = self._device.type != "cpu"
-            packed = PackedText(
-                packed.states.to(self._dtype, copy=not keep), packed.offsets if keep else packed.offsets.clone()
-            )
+        else:
+            packed = PackedText(packed.states.to(self._dtype), packed.offsets)
         return Batch(image.float(), text.float(), packed, rows)
 
 
