@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +24,28 @@ from ..pipeline.store import Store
 from ..trainer.batches import Batches
 from ..trainer.prior import PRESETS, Prior
 from .made_cache import forget, make_cache, warm
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 DIM, BATCH, ROUNDS = 1280, 1024, 5
+WARM_UP = 8  # batches: the threads start, and the memory that batches are delivered in is first touched
+READS_AT_ONCE = 32  # of the disk's random reads
 TRAIN_BATCH, TRAIN_STEPS, MEMORY = 32, 6, 2 << 30
 
 
-def feed_rate(store: Store, batches: int, *, block_rows: int = 1, seed: int = 0, drop: int = 2) -> tuple[float, float]:
-    """Samples/s, and samples per second of processor time, over `batches` batches after `drop` that start the threads.
+def feed_rate(
+    store: Store,
+    batches: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    block_rows: int = 1,
+    seed: int = 0,
+    drop: int = WARM_UP,
+) -> tuple[float, float]:
+    """Samples/s, and samples per second of processor time, over `batches` batches after `drop` that do not count.
 
     The second one stays true on a machine that is busy with other work.
     """
-    with Batches(store, np.arange(len(store)), BATCH, seed=seed, block_rows=block_rows) as feed:
+    with Batches(store, np.arange(len(store)), BATCH, seed=seed, block_rows=block_rows, dtype=dtype) as feed:
         for _ in itertools.islice(feed, drop):
             pass
         began, used = time.perf_counter(), time.process_time()
@@ -51,14 +63,14 @@ def gigabytes(store: Store) -> str:
     return f"{bytes_a_sample(store) * len(store) / 1e9:.2f} GB"
 
 
-def scaling(stores: dict[str, tuple[Path, Store]]) -> str:
-    """Warm samples/s; sizes take turns and the best of ROUNDS counts."""
+def scaling(stores: dict[str, tuple[Path, Store]], dtype: torch.dtype) -> str:
+    """Warm samples/s with token states delivered as `dtype`; sizes take turns and the best of ROUNDS counts."""
     for directory, _ in stores.values():
         warm(directory)
     best = {name: np.zeros(2) for name in stores}
     for turn in range(ROUNDS):
         for name, (_, store) in stores.items():
-            best[name] = np.maximum(best[name], feed_rate(store, 24, seed=turn))
+            best[name] = np.maximum(best[name], feed_rate(store, 24, dtype=dtype, seed=turn))
     first = next(iter(best.values()))
     rows = []
     for name, (_, store) in stores.items():
@@ -80,14 +92,40 @@ def disk_rate(directory: Path, limit: int) -> float:
     return done / (time.perf_counter() - began)
 
 
+def random_rate(directory: Path, size: int, reads: int) -> float:
+    """Bytes/s of reading `size` bytes at a time from random places of cold files, READS_AT_ONCE together."""
+    forget(directory)
+    rng = np.random.default_rng(0)
+    files = [os.open(path, os.O_RDONLY) for path in sorted(directory.iterdir())]
+    ends = [os.fstat(file).st_size - size for file in files]
+    chosen = [(files[k], int(rng.integers(0, ends[k]))) for k in rng.integers(0, len(files), reads).tolist()]
+    for file in files:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: these bytes and no others
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        began = time.perf_counter()
+        done = sum(pool.map(lambda at: len(os.pread(at[0], size, at[1])), chosen))
+        took = time.perf_counter() - began
+    for file in files:
+        os.close(file)
+    return done / took
+
+
 def cold(directory: Path) -> str:
-    """Samples/s from files that are not in the page cache, beside what the disk gives to a plain sequential reader.
+    """Samples/s from files that are not in the page cache, beside what the disk gives to plain readers.
 
     Nothing may have the files mapped: the kernel does not forget those. So each turn opens them anew.
     """
     size = bytes_a_sample(Store.open(directory))
     disk = disk_rate(directory, 2 << 30) / size
-    rows = [["the disk read in sequence, ÷ bytes a sample", f"{disk:,.0f}", "1.00"]]
+    at_random = random_rate(directory, round(size), 4096) / size
+    rows = [
+        [f"the disk read in sequence, {disk * size / 1e6:,.0f} MB/s, ÷ bytes a sample", f"{disk:,.0f}", "1.00"],
+        [
+            f"one read a sample at random places, {READS_AT_ONCE} at once",
+            f"{at_random:,.0f}",
+            f"{at_random / disk:.2f}",
+        ],
+    ]
     for name, block_rows in (("plain permutation", 1), ("block shuffle, blocks of 256", 256)):
         forget(directory)
         rate, _ = feed_rate(Store.open(directory), 32, block_rows=block_rows, seed=block_rows, drop=0)
@@ -134,7 +172,7 @@ def limited(stores: dict[str, tuple[Path, Store]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=2_700, help="of the smallest cache; the others have 10× and 100×")
     parser.add_argument("--scratch", type=Path, default=None, help="where to make the caches; default: /tmp")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
@@ -149,12 +187,15 @@ def main() -> None:
             stores[name] = directory, make_cache(directory, rows, DIM)
         limit = f"{MEMORY >> 30} GiB allowed to the process (RLIMIT_DATA)"
         training = f"Training the 34 M prior, batch {TRAIN_BATCH}, with {limit}:"
-        parts = [scaling(stores), training, limited(stores)]
+        parts = []
+        for dtype in (torch.float16, torch.float32):
+            parts += [f"Token states delivered as {str(dtype).removeprefix('torch.')}:", scaling(stores, dtype)]
+        parts += [training, limited(stores)]
         largest, _ = stores["100×"]
         stores.clear()
         parts.append(cold(largest))
-    settings = {"D": DIM, "batch": BATCH, "mean tokens": 13, "threads": 2, "states float32 on delivery": "yes"}
-    record("python -m eclipse.bench.feed", "Feed", "\n\n".join(parts), settings, machine)
+    settings = {"D": DIM, "batch": BATCH, "mean tokens": 13, "threads": 2}
+    record("python -m eclipse.bench.feed", "Feed", "\n\n".join(parts), settings, machine, options.results)
 
 
 if __name__ == "__main__":

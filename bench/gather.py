@@ -5,7 +5,6 @@ Run: uv run --with pylance --with datasets python -m eclipse.bench.gather   (eit
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from ..pipeline.store import Store
 from .made_cache import make_cache
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 DIM, STATE_DIM, BATCH = 768, 1280, 4096
 ROUNDS, BATCHES = 5, 12  # contenders take turns, so that other work on the machine meets all of them; the best counts
@@ -76,12 +75,14 @@ def _hugging_face(rows: pa.Table, scratch: Path) -> dict[str, Callable[[np.ndarr
         return {}
     datasets.disable_progress_bars()
     datasets.Dataset(rows).save_to_disk(scratch / "rows.hf")
-    data: Any = datasets.load_from_disk(str(scratch / "rows.hf")).with_format("arrow")
+    data: Any = datasets.load_from_disk(str(scratch / "rows.hf"))
+    arrow, arrays = data.with_format("arrow"), data.with_format("numpy", dtype=np.float16)
 
     def read(rows: np.ndarray) -> np.ndarray:
-        return data[rows]["x"].combine_chunks().flatten().to_numpy().reshape(-1, DIM)
+        return arrow[rows]["x"].combine_chunks().flatten().to_numpy().reshape(-1, DIM)
 
-    return {f"Hugging Face datasets {datasets.__version__}, arrow format": read}
+    name = f"Hugging Face datasets {datasets.__version__}"
+    return {f"{name}, arrow format unpacked by hand": read, f"{name}, numpy format": lambda rows: arrays[rows]["x"]}
 
 
 def check_agreement(contenders: dict[str, Callable[[np.ndarray], Any]], store: Store) -> None:
@@ -127,7 +128,7 @@ def state_bandwidth(store: Store, threads: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--part-rows", type=int, default=100_000)
     parser.add_argument("--scratch", type=Path, default=None, help="where to make files (about 7 GB); default: /tmp")
@@ -157,7 +158,7 @@ def main() -> None:
             shares.append([threads, f"{ours:.1f} GB/s", f"{memcpy:.1f} GB/s", f"{ours / memcpy:.0%}"])
         body += "\n\n" + table(["threads", "token states, 1280-d, ragged", "memcpy in one piece", "share"], shares)
     settings = {"rows": f"{options.rows:,}", "in parts of": f"{options.part_rows:,}", "batch": BATCH, "cache": "warm"}
-    record("python -m eclipse.bench.gather", "Gather", body, settings, machine)
+    record("python -m eclipse.bench.gather", "Gather", body, settings, machine, options.results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,13 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 TITLE = (
     "# Results\n\nEach section is written by the script it names; ours and its peers are measured in the same run.\n"
 )
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every script understands: --results, so that a trial run leaves RESULTS.md alone."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write to; default: bench/RESULTS.md")
+    return parser
 
 
 def hardware() -> str:
@@ -39,16 +47,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def record(script: str, title: str, body: str, settings: Mapping[str, object], machine: str) -> None:
-    """Print the section and write it to RESULTS.md in place of what the script had there."""
+def record(
+    script: str, title: str, body: str, settings: Mapping[str, object], machine: str, results: Path = RESULTS
+) -> None:
+    """Print the section and write it to `results` in place of what the script had there."""
     facts = ", ".join(f"{name} {value}" for name, value in settings.items())
     section = f"## {title}\n\n`{script}`: {facts}. {machine}.\n\n{body}\n"
     print(section)
-    before = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else TITLE
+    before = results.read_text(encoding="utf-8") if results.exists() else TITLE
     head, *sections = before.split("\n## ")
     kept = [text for text in sections if text.partition("\n")[0] != title]
     new = "\n## ".join([head.rstrip("\n") + "\n", *(text.rstrip("\n") + "\n" for text in kept), section[3:]])
-    with atomic_path(RESULTS) as temporary:
+    with atomic_path(results) as temporary:
         temporary.write_text(new, encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ Run: uv run --with datasets python -m eclipse.bench.step
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from ..trainer.prior import PRESETS, Prior
 from ..trainer.transformer import PackedText
 from .made_cache import make_cache
 from .padded import PaddedPrior, pad
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 PRESET, ROWS = "kandinsky22", 1024
 OBJECTIVE = Objective(0.2, 0.01, "mean")
@@ -108,7 +107,7 @@ def padded_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     machine = hardware()
@@ -153,7 +152,7 @@ def main() -> None:
         f" the two differ by at most {difference:.1e}. On a GPU: not measured."
     )
     settings = {"batch": options.batch, "tokens a caption": f"{tokens:.1f}", "threads": torch.get_num_threads()}
-    record("python -m eclipse.bench.step", "Training step", body, settings, machine)
+    record("python -m eclipse.bench.step", "Training step", body, settings, machine, options.results)
 
 
 if __name__ == "__main__":
