@@ -102,9 +102,7 @@ def _assemble(pipe: object, decoder: KarloDecoder) -> None:
 
     def text_encoder(ids: torch.Tensor) -> SimpleNamespace:
         n = len(ids)
-        return SimpleNamespace(
-            text_embeds=EMPTY.pooled.expand(n, -1), last_hidden_state=EMPTY.states.expand(n, -1, -1)
-        )
+        return SimpleNamespace(text_embeds=EMPTY.pooled.expand(n, -1), last_hidden_state=EMPTY.states.expand(n, -1, -1))
 
     parts = {
         "prior": Prior(),
