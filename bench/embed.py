@@ -6,7 +6,6 @@ Run: python -m eclipse.bench.embed [--model local-dir:{models}/clip] [--pictures
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -31,7 +30,7 @@ from ..pipeline.encoder import Encoder
 from ..pipeline.images import Sample, decode, read_shard
 from ..pipeline.lane import TOKENS_PER_PICTURE, LaneSpec
 from ..pipeline.workspace import Workspace
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 END_TO_END = "eclipse embed, end to end"
 
@@ -118,7 +117,7 @@ def forward_passes(encoder: Encoder, shards: Path, batch: int) -> dict[str, Call
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="local-dir:{models}/clip")
     parser.add_argument("--random", metavar="NAME", help="an architecture with random weights instead")
     parser.add_argument("--pictures", type=int, default=2000)
@@ -144,6 +143,7 @@ def main() -> None:
         table(["", "pictures/s", "× the faster forward", "CPU ms a picture", "× the leaner forward"], rows),
         {"pictures": options.pictures, "batch": BATCH_SIZES["cpu"], "float32, best of": options.rounds},
         machine,
+        options.results,
     )
 
 

@@ -7,7 +7,6 @@ Run: python -m eclipse.bench.embed_peer --peer-python PEER/bin/python [--archite
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from ..pipeline.lane import LaneSpec
 from ..pipeline.store import Store
 from ..pipeline.workspace import Workspace
 from .embed import make_shards, make_workspace, random_clip
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 SHARDS = 8  # clip-retrieval gives each of its reading processes whole shards: fewer would leave some without
 OURS = "eclipse embed"
@@ -86,7 +85,7 @@ def least_agreement(ws: Workspace, output: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--peer-python", type=Path, required=True, help="the Python of clip-retrieval's environment")
     parser.add_argument("--architecture", default="ViT-B-32", help="with random weights: speed does not depend on them")
     parser.add_argument("--pictures", type=int, default=2048)
@@ -122,6 +121,7 @@ def main() -> None:
         + " Loading and warming up the model is counted for neither. Ours also stores token states and thumbnails.",
         {"pictures": options.pictures, "float32, best of": options.rounds},
         machine,
+        options.results,
     )
 
 

@@ -7,7 +7,6 @@ Run: python -m eclipse.bench.embed_photos --photos DIR [DIR …] [--model local-
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -28,7 +27,7 @@ from ..pipeline.store import Store
 from ..pipeline.workspace import Workspace
 from ..progress import Progress
 from .embed import make_workspace, random_clip
-from .results import hardware, record, table
+from .results import arguments, hardware, record, table
 
 DISGUISED = 10
 ROWS_PER_SHARD = 256
@@ -80,7 +79,7 @@ def _file(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--model", default="local-dir:{models}/clip")
     parser.add_argument("--random", metavar="NAME", help="an architecture with random weights instead")
@@ -110,6 +109,7 @@ def main() -> None:
         + table(["ten photographs", "least cosine to what is shown", "to another photograph, mean"], rows),
         {"photographs": len(photos), "batch": BATCH_SIZES["cpu"], "precision": "float32"},
         machine,
+        options.results,
     )
 
 
