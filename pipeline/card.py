@@ -130,10 +130,13 @@ class TrainSection(Section):
     microbatch: int | None = Field(
         None, ge=1, description="rows a device takes at once, where a batch does not fit; changes no result"
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised updates for the matrices (arXiv 2502.16982), AdamW for the rest"
+    )
     learning_rate: float = Field(5e-5, gt=0, description="peak of the schedule")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up before the cosine")
     restarts: int = Field(0, ge=0, description="warm restarts: the cosine runs restarts + 1 times")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
     lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
     temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
     projection_reduction: Literal["mean", "sum"] = Field(

@@ -83,7 +83,7 @@ def test_init_then_status_in_the_current_directory(tmp_path: Path):
 
 def test_cards_lists_and_prints(tmp_path: Path):
     listed = json.loads(eclipse("cards", "--json", cwd=tmp_path).stdout)["cards"]
-    assert listed["shapes"]["rows"] == 8000 and listed["cc12m"]["prior"] == "kandinsky22"
+    assert listed["shapes"]["rows"] == 16_000 and listed["cc12m"]["prior"] == "kandinsky22"
     printed = eclipse("cards", "coco", cwd=tmp_path)
     (tmp_path / "mine.yaml").write_text(printed.stdout)
     assert Card.load(tmp_path / "mine.yaml").name == "coco"

@@ -153,8 +153,8 @@ def test_a_finished_stage_returns_its_summary(ws: Workspace):
 
 def test_a_changed_card_is_noticed_and_named(ws: Workspace):
     finish(ws, "download", ws.images)
-    changed = edit(edit(ws, "rows: 8000", "rows: 9000"), "preset: tiny", "preset: small")
-    with pytest.raises(EclipseError, match=r"source\.rows: 8000 → 9000") as caught:
+    changed = edit(edit(ws, "rows: 16000", "rows: 9000"), "preset: tiny", "preset: small")
+    with pytest.raises(EclipseError, match=r"source\.rows: 16000 → 9000") as caught:
         changed.completed("download", changed.card.fingerprint("source"))
     assert "prior.preset" not in str(caught.value), "download does not depend on the prior"
     assert "--overwrite" in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_changed_card_is_noticed_and_named(ws: Workspace):
 def test_a_stage_begun_under_another_card_is_not_continued(ws: Workspace):
     ws.begin("download", ws.card.fingerprint("source"))
     assert ws.completed("download", ws.card.fingerprint("source")) is None
-    changed = edit(ws, "rows: 8000", "rows: 9000")
+    changed = edit(ws, "rows: 16000", "rows: 9000")
     with pytest.raises(EclipseError, match="download began with other settings"):
         changed.completed("download", changed.card.fingerprint("source"))
     changed.reset("download")

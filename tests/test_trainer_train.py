@@ -101,6 +101,20 @@ def test_signal_saves_and_resume_is_bitwise_equal(
     assert all(torch.equal(x, weights(ws)[name]) for name, x in weights(undisturbed).items())
 
 
+def test_muon_learns_and_resumes_bitwise_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"optimizer": "muon", "learning_rate": 1e-2, "steps": 60, "checkpoint_every": 20}
+    whole = make_workspace(tmp_path / "whole", **settings)
+    summary = stage.train(whole, QUIET)
+    assert summary["validation"]["recall_1"] > 0.9
+    cut = make_workspace(tmp_path / "cut", **settings)
+    interrupt_at(monkeypatch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        stage.train(cut, QUIET)
+    stage.train(cut, QUIET)
+    assert losses(cut) == losses(whole)
+    assert all(torch.equal(x, weights(cut)[name]) for name, x in weights(whole).items())
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(
     undisturbed: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

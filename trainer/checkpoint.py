@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import EclipseError
 from ..pipeline.workspace import TEMPORARY_PREFIX, atomic_path, write_json
@@ -78,24 +77,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(record["step"], record["state"], tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise EclipseError(f"{type(error).__name__}: {error}", where=str(path)) from error
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """AdamW's moments and step counts under the names of the parameters they belong to."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-    return {
-        f"{names[parameter]}.{kind}": value
-        for parameter, moments in optimizer.state.items()
-        for kind, value in moments.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for parameters on any device."""
-    parameters = dict(network.named_parameters())
-    for name, value in tensors.items():
-        parameter, kind = parameters[name.rpartition(".")[0]], name.rpartition(".")[2]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ import copy
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import EclipseError, UsageError
 from ..pipeline.store import Store
-from .checkpoint import load_newest, optimizer_tensors, restore_optimizer, save_checkpoint
+from .checkpoint import load_newest, save_checkpoint
 from .diffusion import DiffusionObjective, DiffusionPrior
 from .distributed import World
 from .feeds import StatesFrom
 from .guard import Guard
 from .live_text import live_text
 from .objective import Objective
+from .optimizers import make_optimizers, optimizer_tensors, restore_optimizers
 from .prior import PRESETS, Prior
 from .split import split
 from .transformer import PriorConfig
@@ -62,7 +62,9 @@ class Job:
 
 @dataclass
 class Run:
-    """A run between two steps. `step` counts global batches consumed, skipped ones included."""
+    """A run between two steps. `step` counts global batches consumed, skipped ones included; `states_from` makes token
+    states where the cache stores none.
+    """
 
     job: Job
     world: World
@@ -72,9 +74,10 @@ class Run:
     prior: Prior | DiffusionPrior
     model: nn.Module
     average: Prior | DiffusionPrior
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     objective: Objective | DiffusionObjective
     guard: Guard
+    states_from: StatesFrom | None
     step: int = 0
     best: dict[str, Any] | None = None
 
@@ -82,11 +85,6 @@ class Run:
     def half(self) -> bool:
         """Whether the forward pass runs in bfloat16."""
         return self.job.options.precision == "bf16" and self.world.device.type == "cuda"
-
-    @cached_property
-    def states_from(self) -> StatesFrom | None:
-        """Makes token states where the cache stores none."""
-        return live_text(self.store, self.job.encoder, self.world.device)
 
     def predict(self, *inputs: Any) -> Tensor:
         """The network, in the job's precision, with gradients exchanged between processes."""
@@ -104,7 +102,7 @@ class Run:
         tensors = {
             "prior": self.prior.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.prior),
+            "optimizer": optimizer_tensors(self.optimizers, self.prior),
         }
         save_checkpoint(self.job.directory / "checkpoints", self.step, state, tensors, keep=KEPT_CHECKPOINTS)
 
@@ -121,7 +119,7 @@ class Run:
             raise EclipseError(f"these checkpoints are of a run with other {what}", where=str(folder), hint=hint)
         self.prior.load_state_dict(found.tensors["prior"])
         self.average.load_state_dict(found.tensors["average"])
-        restore_optimizer(self.optimizer, self.prior, found.tensors["optimizer"])
+        restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
         self.guard = Guard(**state["guard"])
         self.step, self.best = found.step, state["best"]
 
@@ -131,7 +129,8 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
     store = Store.open(job.embeddings)
     rows, held_back = split(store, job.selection, job.options.validation)
     chosen = np.random.default_rng(job.validation_seed).permutation(held_back)[: job.validation_rows]
-    torch.manual_seed(job.options.seed)
+    states_from = live_text(store, job.encoder, world.device)
+    torch.manual_seed(job.options.seed)  # after the text tower, which draws weights of its own
     prior = _network(job, store).to(world.device)
     if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
         torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
@@ -146,9 +145,15 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
         prior=prior,
         model=prior,
         average=copy.deepcopy(prior).requires_grad_(False).eval(),
-        optimizer=_optimizer(prior, job.options),
+        optimizers=make_optimizers(
+            prior,
+            job.options.optimizer,
+            learning_rate=job.options.learning_rate,
+            weight_decay=job.options.weight_decay,
+        ),
         objective=_objective(prior, job.options),
         guard=Guard(),
+        states_from=states_from,
     )
     run.resume(say)
     if world.size > 1:
@@ -189,17 +194,6 @@ def _objective(prior: Prior | DiffusionPrior, options: TrainSection) -> Objectiv
         return DiffusionObjective(prior)
     weight = 0.0 if options.arm == "projection" else options.lambda_
     return Objective(weight, options.temperature, options.projection_reduction)
-
-
-def _optimizer(prior: nn.Module, options: TrainSection) -> torch.optim.Optimizer:
-    """AdamW; decay on the matrices of linear layers, not on biases, norms and embeddings."""
-    linear = {layer.weight for layer in prior.modules() if isinstance(layer, nn.Linear)}
-    trained = [p for p in prior.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p in linear], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p not in linear], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
 def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: Job) -> None:

@@ -80,11 +80,12 @@ def training_step(run: Run, batch: Batch, stop: StopSignals) -> tuple[dict[str, 
     )
     accepted = run.guard.accepts(run.step, figures["loss"], figures["gradient_norm"])
     if accepted:
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         average_weights(run.average, run.prior, step=run.step, decay=options.ema)
-    run.optimizer.zero_grad()
+    run.prior.zero_grad()
     run.step += 1
     return {**figures, "learning_rate": rate, "skipped": float(not accepted)}, stop.signal_of(shared[-2:])
 
