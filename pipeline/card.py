@@ -79,7 +79,10 @@ class EncoderSection(Section):
     pretrained: str | None = Field(None, description="open_clip weights tag; null where the model name says it all")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the forward pass")
     text_states: bool = Field(True, description="store token states, or run the text tower again while training")
-    aesthetic: str | None = Field(None, description="name of an aesthetic head on the image embedding, if there is one")
+    aesthetic: str | None = Field(
+        None, description="linear head on the unit image embedding: laion, PATH or URL#sha256=HEX"
+    )
+    safety: str | None = Field(None, description="the same for a safety score, the higher the less safe; PATH or URL")
 
 
 class FilterSection(Section):
@@ -90,6 +93,7 @@ class FilterSection(Section):
     min_caption_length: int | None = Field(None, ge=1, description="fewest characters of a caption")
     max_caption_length: int | None = Field(None, ge=1, description="most characters of a caption")
     min_aesthetic_score: float | None = Field(None, description="least aesthetic score, where the encoder has a head")
+    max_safety_score: float | None = Field(None, description="largest safety score, where the card names a head")
     min_clip_score: float | None = Field(None, ge=-1, le=1, description="least cosine of picture and caption")
     min_clip_score_quantile: float | None = Field(
         None, ge=0, lt=1, description="share of the remaining rows with the lowest picture–caption cosine to drop"

@@ -124,15 +124,16 @@ def _spec(ws: Workspace, progress: Progress, text_states: bool, devices: Sequenc
 
     section = ws.card.encoder
     model, pretrained = PRESETS.get(section.model, (section.model, section.pretrained))
-    head = find_head(section.aesthetic, model, pretrained) if section.aesthetic else None
-    if section.aesthetic and head is None:
+    aesthetic = find_head(section.aesthetic, model, pretrained) if section.aesthetic else None
+    if section.aesthetic and aesthetic is None:
         progress.say(f"no aesthetic head for {model}: parts get no aesthetic_score")
+    heads = (("aesthetic", aesthetic), ("safety", section.safety))
     cores = len(os.sched_getaffinity(0))
     return LaneSpec(
         model=model,
         pretrained=pretrained,
         precision=section.precision,
-        aesthetic=head,
+        heads=tuple((kind, file) for kind, file in heads if file),
         text_states=text_states,
         card=ws.card.fingerprint(*STAGE_SECTIONS[STAGE]),
         decode_threads=max(1, min(MOST_DECODE_THREADS, cores // len(devices))),

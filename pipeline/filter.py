@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import EclipseError
 from ..progress import Progress
 from .card import STAGE_SECTIONS
+from .part import HEAD_SCORES
 from .workspace import Workspace, atomic_path
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from .store import Store
 
-SCORES = ("clip_score", "aesthetic_score", "wrong_probability", "caption_z", "copy_similarity")
+SCORES = ("clip_score", *HEAD_SCORES, "wrong_probability", "caption_z", "copy_similarity")
 
 
 def filter_cache(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict:
@@ -62,7 +63,7 @@ def _judge(store: Store, ws: Workspace, progress: Progress) -> tuple[pa.Table, d
     reason = np.full(len(store), None, dtype=object)
     duplicate_of = np.full(len(store), -1, np.int64)
     scores = {name: np.full(len(store), np.nan, np.float32) for name in SCORES}
-    for name in ("clip_score", *(("aesthetic_score",) if store.meta.aesthetic_score else ())):
+    for name in ("clip_score", *store.meta.head_scores):
         scores[name] = np.array(store.column(name).to_numpy(), np.float32)
     notes: dict[str, float] = {}
     for name, finding in rules.apply(store, ws.images, ws.card.filter, progress):

@@ -1,4 +1,4 @@
-"""Aesthetic heads on the image embedding: LAION's by name, others by path or by URL and hash. Used by embed.py."""
+"""Linear heads on the image embedding, aesthetic and safety: by name (LAION's), path, or URL and hash. Used by embed.py."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FETCH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class AestheticHead:
-    """A linear score of the normalised image embedding: weight (D,), bias (), float32."""
+class LinearHead:
+    """A score of the normalised image embedding: weight (D,), bias (), float32."""
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, unit_embedding: Tensor) -> Tensor:
-        """(B, D) unit vectors → (B,) float32 scores; LAION's run from about 1 to 10."""
+        """(B, D) unit vectors → (B,) float32 scores; LAION's aesthetic ones run from about 1 to 10."""
         return unit_embedding @ self.weight + self.bias
 
 
@@ -45,33 +45,34 @@ def find_head(name: str, model: str, pretrained: str | None) -> str | None:
     return LAION.get(plain) if pretrained == "openai" else None
 
 
-def load_head(source: str, embedding_dim: int, device: torch.device | str = "cpu") -> AestheticHead:
-    """Load a head from a path or from URL#sha256=HEX, fetched once.
+def load_head(kind: str, source: str, embedding_dim: int, device: torch.device | str = "cpu") -> LinearHead:
+    """Load a head from a path or from URL#sha256=HEX, fetched once. kind: its name in messages, and in `encoder.KIND`.
 
     The file is a state dict of Linear(D, 1). Raises UsageError for a head of another width and a URL without hash,
     EclipseError for a file that cannot be fetched or is not what its hash says.
     """
-    path = _fetch(source) if "://" in source else Path(source)
+    path = _fetch(kind, source) if "://" in source else Path(source)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         weight, bias = state["weight"].float(), state["bias"].float()
     except FileNotFoundError as error:
-        raise UsageError("no such aesthetic head", where=source, hint="encoder.aesthetic: laion, PATH, null") from error
+        hint = f"encoder.{kind}: PATH, URL#sha256=HEX or null"
+        raise UsageError(f"no such {kind} head", where=source, hint=hint) from error
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
-        raise EclipseError(f"not a linear aesthetic head: {error}", where=source) from error
+        raise EclipseError(f"not a linear {kind} head: {error}", where=source) from error
     if weight.shape != (1, embedding_dim):
         raise UsageError(
-            f"the aesthetic head reads {tuple(weight.shape)[-1]} dimensions, the encoder makes {embedding_dim}",
+            f"the {kind} head reads {tuple(weight.shape)[-1]} dimensions, the encoder makes {embedding_dim}",
             where=source,
-            hint="set encoder.aesthetic to the head of this encoder, or to null",
+            hint=f"set encoder.{kind} to a head of this encoder, or to null",
         )
-    return AestheticHead(weight[0].to(device), bias[0].to(device))
+    return LinearHead(weight[0].to(device), bias[0].to(device))
 
 
-def _fetch(source: str) -> Path:
+def _fetch(kind: str, source: str) -> Path:
     url, _, digest = source.partition("#sha256=")
     if len(digest) != 64:
-        raise UsageError("an aesthetic head from the network needs its hash", where=source, hint="URL#sha256=HEX")
+        raise UsageError(f"the {kind} head from the network needs its hash", where=source, hint="URL#sha256=HEX")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eclipse" / f"{digest}.pth"
     if cache.is_file() and hashlib.sha256(cache.read_bytes()).hexdigest() == digest:
         return cache
@@ -80,10 +81,10 @@ def _fetch(source: str) -> Path:
             data = response.read(64 << 20)
     except (OSError, ValueError) as error:
         raise EclipseError(
-            f"cannot fetch the aesthetic head: {error}", where=url, hint="fetch it elsewhere and name its path"
+            f"cannot fetch the {kind} head: {error}", where=url, hint="fetch it elsewhere and name its path"
         ) from error
     if hashlib.sha256(data).hexdigest() != digest:
-        raise EclipseError("the aesthetic head is not the file that its hash says", where=url)
+        raise EclipseError(f"the {kind} head is not the file that its hash says", where=url)
     with atomic_path(cache) as temporary:
         temporary.write_bytes(data)
     return cache

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .encoder import Encoder
-from .heads import AestheticHead, load_head
+from .heads import LinearHead, load_head
 from .images import Sample, decode, thumbnail
 from .lane_reader import LaneReader
 from .lane_writer import Chunk, LaneWriter, Row, Shard
@@ -40,15 +40,15 @@ class LaneSpec:
     model: str
     pretrained: str | None
     precision: str
-    aesthetic: str | None
+    heads: tuple[tuple[str, str], ...]  # kind, aesthetic or safety, and file
     text_states: bool
     card: str
     decode_threads: int
 
     def build(self, device: str) -> Lane:
-        """Load encoder and head. Raises what Encoder.load and load_head raise."""
+        """Load encoder and heads. Raises what Encoder.load and load_head raise."""
         encoder = Encoder.load(self.model, self.pretrained, precision=self.precision, device=device)
-        head = load_head(self.aesthetic, encoder.embedding_dim, device) if self.aesthetic else None
+        heads = {f"{kind}_score": load_head(kind, file, encoder.embedding_dim, device) for kind, file in self.heads}
         meta = PartMeta(
             encoder=" ".join(filter(None, (self.model, self.pretrained))),
             encoder_fingerprint=encoder.fingerprint,
@@ -58,9 +58,9 @@ class LaneSpec:
             text_width=encoder.text_width,
             card=self.card,
             text_states=self.text_states,
-            aesthetic_score=head is not None,
+            **dict.fromkeys(heads, True),
         )
-        return Lane(encoder, head, meta, decode_threads=self.decode_threads)
+        return Lane(encoder, heads, meta, decode_threads=self.decode_threads)
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Lane:
     thread computing alone: that leaves no core idle and costs less than splitting every operation over the cores.
     """
 
-    def __init__(self, encoder: Encoder, head: AestheticHead | None, meta: PartMeta, *, decode_threads: int) -> None:
+    def __init__(self, encoder: Encoder, heads: dict[str, LinearHead], meta: PartMeta, *, decode_threads: int) -> None:
         self.encoder = encoder
-        self.head = head
+        self.heads = heads
         self.meta = meta
         self._cuda = encoder.device.type == "cuda"
         self._threads = decode_threads if self._cuda else torch.get_num_threads()
@@ -239,7 +239,7 @@ class Lane:
             states=torch.cat(states) if self.meta.text_states else None,
             order=order,
             clip_score=(unit * normalize(text, dim=-1)).sum(-1),
-            aesthetic=self.head(unit) if self.head else None,
+            head_scores={name: head(unit) for name, head in self.heads.items()},
         )
 
 

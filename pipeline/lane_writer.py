@@ -41,7 +41,7 @@ class Chunk:
     """Encoded rows of one shard, on the encoder's device, in the order of the shard.
 
     image, text: (n, D) float16; states: (N, W) float16 in the order `order` (caption after caption, shortest first),
-    None if states are not stored; clip_score, aesthetic: (n,) float32.
+    None if states are not stored; clip_score (n,) float32; head_scores: by column, (n,) float32 each.
     """
 
     rows: list[Row]
@@ -50,7 +50,7 @@ class Chunk:
     states: Tensor | None
     order: np.ndarray
     clip_score: Tensor
-    aesthetic: Tensor | None
+    head_scores: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -155,8 +155,7 @@ class LaneWriter:
             "text_embedding": chunk.text.cpu().numpy(),
             "clip_score": chunk.clip_score.cpu().numpy(),
         }
-        if chunk.aesthetic is not None:
-            arrays["aesthetic_score"] = chunk.aesthetic.cpu().numpy()
+        arrays |= {name: scores.cpu().numpy() for name, scores in chunk.head_scores.items()}
         states = None if chunk.states is None else unsort(chunk.states.cpu().numpy(), chunk.order, counts)
         finite = np.isfinite(arrays["image_embedding"]).all(1) & np.isfinite(arrays["text_embedding"]).all(1)
         if states is not None and not np.isfinite(states).all():

@@ -29,6 +29,7 @@ NAME = re.compile(r"part-(\d{5,})\.parquet")
 ROW_GROUP_BYTES = 256 << 20  # the writer holds one row group in memory, and a page must stay under 2 GiB
 THUMBNAIL_BYTES = 256  # 16×16 grey levels
 PAGE_LIMIT = 2**31 - 1
+HEAD_SCORES = ("aesthetic_score", "safety_score")
 REEMBED = "remove the file and run `eclipse embed` again"
 
 
@@ -45,6 +46,12 @@ class PartMeta:
     card: str  # fingerprint of the card's sections that decide embeddings
     text_states: bool = True
     aesthetic_score: bool = False
+    safety_score: bool = False
+
+    @property
+    def head_scores(self) -> tuple[str, ...]:
+        """The columns that heads on the image embedding fill."""
+        return tuple(name for name in HEAD_SCORES if getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +102,7 @@ def part_schema(meta: PartMeta) -> pa.Schema:
     if meta.text_states:
         columns["text_states"] = pa.list_(pa.field("element", pa.float16(), nullable=False))
     columns["clip_score"] = pa.float32()
-    if meta.aesthetic_score:
-        columns["aesthetic_score"] = pa.float32()
+    columns |= dict.fromkeys(meta.head_scores, pa.float32())
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
@@ -105,8 +111,8 @@ class PartWriter:
 
     Columns of `write`, for n rows: uid, key, url, caption: n strings; image_sha256: n × 32 bytes; thumbnail (n,256)
     uint8; width, height: integers; image_embedding, text_embedding (n,D) float16; n_tokens (n,) integers ≥ 1;
-    text_states (sum of n_tokens, W) float16, captions end to end; clip_score (n,) float32; aesthetic_score (n,)
-    float32. The last two of the optional ones exactly if `meta` says so. `write` raises EclipseError naming file and
+    text_states (sum of n_tokens, W) float16, captions end to end; clip_score, aesthetic_score, safety_score (n,)
+    float32. Token states and the last two exactly if `meta` says so. `write` raises EclipseError naming file and
     row key for anything else, numbers that are not finite included.
     """
 
@@ -254,7 +260,7 @@ def _parse_meta(path: Path, footer: pq.FileMetaData) -> tuple[PartMeta, dict[str
         if version != FORMAT_VERSION:
             hint = "update eclipse" if version > FORMAT_VERSION else REEMBED
             raise EclipseError(f"part format {version}, not {FORMAT_VERSION}", where=str(path), hint=hint)
-        return PartMeta(**{field.name: record[field.name] for field in fields(PartMeta)}), record
+        return PartMeta(**{f.name: record[f.name] for f in fields(PartMeta) if f.name in record}), record
     except (KeyError, TypeError, ValueError) as error:
         raise EclipseError("not an embedding part of eclipse", where=str(path), hint=REEMBED) from error
 

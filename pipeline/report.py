@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # pictures or groups in one section of a page
 RETRIEVAL = 1_000  # pairs among which captions look for their picture
+NEIGHBOURHOOD = 20_000  # rows among which pictures look for their neighbours
+NEIGHBOURS = 3  # of each picture shown
+QUERIES = 8
+SCORE_NOTES = {
+    "aesthetic_score": ("Aesthetic score", "of the picture, by the card's head"),
+    "safety_score": ("Safety score", "of the picture, by the card's head; the higher the less safe"),
+}
 REASONS = {
     "small_picture": "picture too small",
     "aspect_ratio": "picture too long or too wide",
     "caption_length": "caption too short or too long",
     "low_aesthetic_score": "low aesthetic score",
+    "high_safety_score": "high safety score",
     "low_clip_score": "low CLIP score",
     "wrong_caption": "caption of another picture",
     "exact_copy": "exact copy",
@@ -167,7 +175,7 @@ def _size(folder: Path) -> str:
 
 
 def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
-    """reports/embed.html: scores, token counts, geometry of the embeddings, the best and worst pairs.
+    """reports/embed.html: scores, token counts, norms and geometry of the embeddings, neighbours, best and worst pairs.
 
     rejected: reason → number of inputs that got no row.
     """
@@ -177,7 +185,8 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
     recall, gap = _geometry(store, sample)
     order = np.argsort(score, kind="stable")
     best, worst = order[::-1][:12], order[:12]
-    shots = Shots(ws, store, [*best, *worst, *(some := _some(every))])
+    near, likeness = _neighbours(store, every)
+    shots = Shots(ws, store, [*best, *worst, *(some := _some(every)), *near.ravel()])
     encoder = store.meta.encoder.replace("local-dir:{models}/", "the shipped ")
 
     def scored(rows: np.ndarray) -> list[dict[str, Any]]:
@@ -204,12 +213,52 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
                 "tokens, start and end included; no padding is stored",
                 charts.histogram({"rows": store.token_counts()}, label="tokens", integer=True),
             ),
+            *_norm_charts(store, _some(every, NEIGHBOURHOOD)),
+            *(
+                chart(*SCORE_NOTES[name], charts.histogram({"rows": store.column(name).to_numpy()}, label="score"))
+                for name in store.meta.head_scores
+            ),
+        ],
+        neighbours=[
+            [shots(own, "looks", "good"), *(shots(r, f"{c:.3f}") for r, c in zip(others, cosines, strict=True))]
+            for (own, *others), (_, *cosines) in zip(near.tolist(), likeness.tolist(), strict=True)
         ],
         rejected=shares(rejected, len(store) + sum(rejected.values())),
         best=scored(best),
         worst=scored(worst),
         some=scored(some),
     )
+
+
+def _norm_charts(store: Store, rows: np.ndarray) -> list[dict[str, str]]:
+    """How long the raw embeddings of these rows are: a cluster away from the rest is worth a look."""
+    vectors = {"pictures": store.image_embeddings(rows), "captions": store.text_embeddings(rows)}
+    return [
+        chart(
+            f"Length of the embeddings of {name}",
+            "norm of the raw vector",
+            charts.histogram({name: np.linalg.norm(some.astype(np.float32), axis=1)}, label="norm"),
+        )
+        for name, some in vectors.items()
+    ]
+
+
+def _neighbours(store: Store, every: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows, each followed by those whose pictures' embeddings are nearest, and the cosines: two (Q, 1 + k) arrays.
+
+    The same picture under another caption is no neighbour. Fewer columns where the cache is that small.
+    """
+    from .dedup import codes, unit
+
+    pool = _some(every, NEIGHBOURHOOD)
+    queries = np.sort(np.random.default_rng(1).permutation(len(pool))[:QUERIES])
+    vectors, picture = unit(store.image_embeddings(pool)), codes(store.column("image_sha256", pool))
+    cosine = vectors[queries] @ vectors.T
+    cosine[picture[queries][:, None] == picture] = -np.inf
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
+    found = np.isfinite(np.take_along_axis(cosine, nearest, axis=1)).all(axis=0)  # whole columns of real neighbours
+    nearest = np.concatenate([queries[:, None], nearest[:, found]], axis=1)
+    return pool[nearest], np.take_along_axis(cosine, nearest, axis=1)
 
 
 def _geometry(store: Store, rows: np.ndarray) -> tuple[float, float]:

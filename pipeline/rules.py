@@ -97,15 +97,24 @@ def caption_length(inputs: Inputs) -> Finding | None:
 
 def low_aesthetic_score(inputs: Inputs) -> Finding | None:
     """Below `min_aesthetic_score`. EclipseError where the parts have no such score."""
-    if inputs.options.min_aesthetic_score is None:
-        return None
-    if not inputs.store.meta.aesthetic_score:
+    least = inputs.options.min_aesthetic_score
+    return None if least is None else _beyond(inputs, "aesthetic", "min_aesthetic_score", lambda score: score >= least)
+
+
+def high_safety_score(inputs: Inputs) -> Finding | None:
+    """Above `max_safety_score`: less safe. EclipseError where the parts have no such score."""
+    most = inputs.options.max_safety_score
+    return None if most is None else _beyond(inputs, "safety", "max_safety_score", lambda score: score <= most)
+
+
+def _beyond(inputs: Inputs, kind: str, option: str, passes: Callable[[np.ndarray], np.ndarray]) -> Finding:
+    if f"{kind}_score" not in inputs.store.meta.head_scores:
         raise EclipseError(
-            "the filter asks for an aesthetic score that the embeddings do not have",
-            where="filter.min_aesthetic_score",
-            hint="set it to null, or name a head in encoder.aesthetic and embed again",
+            f"the filter asks for {kind} scores that the embeddings do not have",
+            where=f"filter.{option}",
+            hint=f"set it to null, or name a head in encoder.{kind} and embed again",
         )
-    return Finding(inputs.rows[~(inputs.numbers("aesthetic_score") >= inputs.options.min_aesthetic_score)])
+    return Finding(inputs.rows[~passes(inputs.numbers(f"{kind}_score"))])
 
 
 def low_clip_score(inputs: Inputs) -> Finding | None:
@@ -235,6 +244,7 @@ RULES: tuple[Rule, ...] = (
     aspect_ratio,
     caption_length,
     low_aesthetic_score,
+    high_safety_score,
     low_clip_score,
     wrong_caption,
     exact_copy,

@@ -43,8 +43,8 @@ def random_rows(n: int, rng: np.random.Generator, meta: PartMeta = META) -> Rows
     }
     if meta.text_states:
         columns["text_states"] = rng.standard_normal((int(counts.sum()), meta.text_width)).astype(np.float16)
-    if meta.aesthetic_score:
-        columns["aesthetic_score"] = rng.random(n, dtype=np.float32)
+    for name in meta.head_scores:
+        columns[name] = rng.random(n, dtype=np.float32)
     return Rows(columns)
 
 

@@ -139,9 +139,10 @@ def test_clip_score_rules_drop_the_lowest_and_the_lowest_share(tmp_path: Path) -
 
 
 def test_a_rule_without_its_score_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(EclipseError, match="aesthetic score") as error:
-        reasons(tmp_path / "ws", small(4), min_aesthetic_score=5.0)
-    assert "encoder.aesthetic" in str(error.value)
+    for kind, option in (("aesthetic", "min_aesthetic_score"), ("safety", "max_safety_score")):
+        with pytest.raises(EclipseError, match=f"{kind} score") as error:
+            reasons(tmp_path / kind, small(4), **{option: 5.0})
+        assert f"encoder.{kind}" in str(error.value)
 
 
 def test_a_row_rejected_for_its_quality_does_not_remove_its_copy(tmp_path: Path) -> None:

@@ -45,14 +45,15 @@ def served(head: Path) -> Iterator[str]:
 
 
 def test_scores_are_the_heads_of_the_unit_embedding(tmp_path: Path, head: Path) -> None:
-    ws = make_workspace(tmp_path / "ws", make_clip(tmp_path / "clip"), aesthetic=str(head))
+    ws = make_workspace(tmp_path / "ws", make_clip(tmp_path / "clip"), aesthetic=str(head), safety=str(head))
     write_shard(ws.images / "00000.tar", good_samples(0, 6))
     embed(ws, Progress(quiet=True), gpus=0)
     store, linear = Store.open(ws.embeddings), torch.nn.Linear(32, 1)
     linear.load_state_dict(torch.load(head, weights_only=True))
     images = torch.from_numpy(store.image_embeddings(np.arange(6)).astype(np.float32))
     expected = linear(torch.nn.functional.normalize(images, dim=-1))[:, 0].detach()
-    np.testing.assert_allclose(store.column("aesthetic_score").to_numpy(), expected.numpy(), atol=2e-3)
+    for name in ("aesthetic_score", "safety_score"):
+        np.testing.assert_allclose(store.column(name).to_numpy(), expected.numpy(), atol=2e-3)
 
 
 def test_laions_heads_belong_to_openais_weights() -> None:
@@ -81,24 +82,24 @@ def test_an_encoder_without_a_head_gets_no_scores_and_says_so(tmp_path: Path) ->
 def test_fetched_once_and_checked(tmp_path: Path, head: Path, served: str, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     digest = hashlib.sha256(head.read_bytes()).hexdigest()
-    first = load_head(f"{served}#sha256={digest}", 32)
+    first = load_head("aesthetic", f"{served}#sha256={digest}", 32)
     head.unlink()
-    again = load_head(f"{served}#sha256={digest}", 32)  # from the cache: the server has it no more
+    again = load_head("aesthetic", f"{served}#sha256={digest}", 32)  # from the cache: the server has it no more
     assert torch.equal(first.weight, again.weight)
     with pytest.raises(EclipseError, match="cannot fetch"):
-        load_head(f"{served}#sha256={'0' * 64}", 32)
+        load_head("aesthetic", f"{served}#sha256={'0' * 64}", 32)
     head.write_bytes(b"something else")
     with pytest.raises(EclipseError, match="not the file that its hash says"):
-        load_head(f"{served}#sha256={'0' * 64}", 32)
+        load_head("aesthetic", f"{served}#sha256={'0' * 64}", 32)
     with pytest.raises(UsageError, match="needs its hash"):
-        load_head(served, 32)
+        load_head("aesthetic", served, 32)
 
 
 def test_wrong_files_are_explained(tmp_path: Path, head: Path) -> None:
     with pytest.raises(UsageError, match="reads 32 dimensions, the encoder makes 768"):
-        load_head(str(head), 768)
+        load_head("aesthetic", str(head), 768)
     with pytest.raises(UsageError, match="no such aesthetic head"):
-        load_head(str(tmp_path / "none.pth"), 32)
+        load_head("aesthetic", str(tmp_path / "none.pth"), 32)
     head.write_bytes(b"junk")
     with pytest.raises(EclipseError, match="not a linear aesthetic head"):
-        load_head(str(head), 32)
+        load_head("aesthetic", str(head), 32)
