@@ -1,4 +1,4 @@
-"""Linear heads on the image embedding, aesthetic and safety: by name (LAION's), path, or URL and hash. Used by embed.py."""
+"""Linear heads on the image embedding: aesthetic by name (LAION's), both by path or URL and hash. Used by embed.py."""
 
 from __future__ import annotations
 
