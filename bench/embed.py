@@ -153,7 +153,7 @@ def measure(ws: Workspace, encoder: Encoder, pictures: int, rounds: int) -> dict
     They take turns, so that other work on the machine meets all of them; CPU seconds count that work least.
     """
 
-    spec = LaneSpec(ws.card.encoder.model, None, "fp32", None, text_states=True, card="", decode_threads=0)
+    spec = LaneSpec(ws.card.encoder.model, None, "fp32", (), text_states=True, card="", decode_threads=0)
     lane = spec.build("cpu")
 
     def end_to_end() -> None:

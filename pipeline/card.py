@@ -143,6 +143,7 @@ class TrainSection(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
     lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
     temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one")
     projection_reduction: Literal["mean", "sum"] = Field(
         "mean", description="squared error over the D dimensions: sum makes lambda's effect D times smaller"
     )
@@ -153,6 +154,13 @@ class TrainSection(Section):
     validation: float = Field(0.01, gt=0, lt=1, description="fraction of image groups held back for validation")
     validate_every: int = Field(1000, ge=1, description="steps between validations")
     checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    resident: bool = Field(False, description="hold the selected cache on the device; refused where it does not fit")
+    block_rows: int = Field(
+        1,
+        ge=1,
+        description="above 1: shuffle blocks of so many rows, where the cache is far larger than memory",
+    )
+    wandb: str | None = Field(None, description="project on Weights & Biases that gets the metrics too")
 
 
 class DecoderSection(Section):

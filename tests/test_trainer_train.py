@@ -115,6 +115,24 @@ def test_muon_learns_and_resumes_bitwise_equal(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(x, weights(cut)[name]) for name, x in weights(whole).items())
 
 
+def test_how_rows_are_held_changes_nothing(undisturbed: Workspace, tmp_path: Path) -> None:
+    ws = make_workspace(tmp_path / "ws", resident=True)
+    stage.train(ws, QUIET)
+    assert losses(ws) == losses(undisturbed)
+    blocks = make_workspace(tmp_path / "blocks", block_rows=8)
+    stage.train(blocks, QUIET)
+    assert losses(blocks) != losses(undisturbed)  # another order, so another run
+
+
+def test_wandb_gets_the_figures_where_the_card_names_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ws = make_workspace(tmp_path / "ws", steps=12, wandb="priors")
+    stage.train(ws, QUIET)
+    (log,) = (ws.prior / "wandb").glob("offline-run-*/*.wandb")
+    written = log.read_bytes()
+    assert b"validation/cosine_image" in written and b"train/loss" in written
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(
     undisturbed: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

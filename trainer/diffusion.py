@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .captions import EmptyCaption
 from .objective import Draw
 from .transformer import PackedText, PriorConfig, PriorTransformer, like
 
@@ -62,7 +63,7 @@ class DiffusionPrior(PriorTransformer):
     def generate(self, noise: Tensor, text_embedding: Tensor, text: PackedText) -> Tensor:
         """DDIM without added noise (arXiv 2010.02502), SAMPLING_STEPS steps, classifier-free guidance: raw (B, D)."""
         everywhere = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        nothing = self.without_captions(text_embedding, text, everywhere)
+        nothing = self.empty_caption.instead(text_embedding, text, everywhere)
         signal = alphas_cumprod(noise.device)
         stride = TRAINING_STEPS // SAMPLING_STEPS
         noisy = noise
@@ -76,17 +77,10 @@ class DiffusionPrior(PriorTransformer):
             noisy = then.sqrt() * clean + (1 - then).sqrt() * direction
         return noisy * self.clip_std + self.clip_mean
 
-    def without_captions(self, text_embedding: Tensor, text: PackedText, drop: Tensor) -> tuple[Tensor, PackedText]:
-        """The features with those of the empty caption where drop (B,) is true."""
-        n_empty, n_states = len(self.empty_text_states), len(text.states)
-        lengths = torch.where(drop, n_empty, text.offsets.diff())
-        starts = torch.where(drop, n_states, text.offsets[:-1])
-        offsets = F.pad(lengths.cumsum(0), (1, 0))
-        token = torch.arange(int(offsets[-1]), device=offsets.device)
-        token = token + (starts - offsets[:-1]).repeat_interleave(lengths)
-        states = torch.cat([text.states, self.empty_text_states.to(text.states.dtype)])
-        pooled = torch.where(drop[:, None], self.empty_text_embedding.to(text_embedding.dtype), text_embedding)
-        return pooled, PackedText(states[token], offsets)
+    @property
+    def empty_caption(self) -> EmptyCaption:
+        """What the unconditional branch is given."""
+        return EmptyCaption(self.empty_text_embedding, self.empty_text_states)
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,8 @@ class DiffusionObjective:
         first: int,
     ) -> dict[str, Tensor]:
         timesteps = (draw.uniform[:, 0] * TRAINING_STEPS).long()
-        text_embedding, text = self.prior.without_captions(text_embedding, text, draw.uniform[:, 1] < CAPTION_DROPOUT)
+        drop = draw.uniform[:, 1] < CAPTION_DROPOUT
+        text_embedding, text = self.prior.empty_caption.instead(text_embedding, text, drop)
         clean = (image_embedding.float() - self.prior.clip_mean) / self.prior.clip_std
         signal = alphas_cumprod(clean.device)[timesteps][:, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * draw.noise

@@ -1,4 +1,4 @@
-"""Figures of a run as metrics.jsonl and TensorBoard events, and their curves as a picture. Called by train.py."""
+"""Figures of a run as metrics.jsonl and in trackers, and their curves as a picture. Called by train.py."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from typing import Any, Self
 import numpy as np
 
 from ..pipeline.workspace import atomic_path
+from .trackers import EVERY, Tracker
 
 FILE = "metrics.jsonl"
-EVENTS_EVERY = 10  # steps between training figures in TensorBoard; metrics.jsonl has them all
 
 
 class MetricsLog:
     """Appends one JSON object a line: step, kind ("train" or "validation") and figures. Use as a context manager.
 
     What was written after `from_step`, which a resumed run makes again, is removed first. Inactive: writes nothing.
+    trackers: get the figures as well, and are closed at the end.
     """
 
-    def __init__(self, directory: Path, from_step: int, *, active: bool = True) -> None:
+    def __init__(
+        self, directory: Path, from_step: int, *, active: bool = True, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.path = directory / FILE
         self._from_step = from_step
-        self._directory = directory
         self._active = active
+        self._trackers = trackers
         self._latest: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
-        self._events = None
         if self._active:
             kept = [line for line in read_metrics(self.path) if line["step"] <= self._from_step]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = self.path.open("a", buffering=1 << 16)
-            self._events = _tensorboard(self._directory / "tensorboard", self._from_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._active:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def add(self, kind: str, step: int, figures: dict[str, float]) -> None:
         """Record the figures after this step. What is not finite becomes null, which JSON can hold."""
@@ -54,10 +55,10 @@ class MetricsLog:
             return
         figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # type: ignore
         self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        if self._events is not None and (kind == "validation" or step % EVENTS_EVERY == 0):
-            for name, value in figures.items():
-                if value is not None:
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "validation" or step % EVERY == 0:
+            finite = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
+            for tracker in self._trackers:
+                tracker.add(step, finite)
 
     def flush(self) -> None:
         """Bring metrics.jsonl up to date on disk."""
@@ -125,11 +126,3 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
     """Mean over a fiftieth of the run around each value."""
     window = np.ones(max(1, len(values) // 50))
     return np.convolve(values, window, mode="same") / np.convolve(np.ones(len(values)), window, mode="same")
-
-
-def _tensorboard(directory: Path, from_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # a training node may do without
-        return None
-    return SummaryWriter(str(directory), purge_step=from_step + 1 if from_step else None)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .captions import EmptyCaption
 from .transformer import PackedText
 
 
@@ -27,11 +28,16 @@ class Objective:
 
     reduction: whether the squared error is summed over the D dimensions of an embedding or averaged; both are averaged
     over rows. The paper does not say which it does: with the mean, λ weighs D times more.
+
+    caption_dropout: this share of captions is replaced by `empty_caption`; such rows have no contrastive loss, since
+    nothing could tell the network which text is theirs.
     """
 
     contrastive_weight: float
     temperature: float
     reduction: Literal["mean", "sum"]
+    caption_dropout: float = 0.0
+    empty_caption: EmptyCaption | None = None
 
     def __call__(
         self,
@@ -49,9 +55,13 @@ class Objective:
         prediction, only on the frozen text embeddings of all: so a global batch cut into pieces, on one device or
         many, has exactly the gradient of the whole.
         """
+        kept = None
+        if self.empty_caption is not None and self.caption_dropout:
+            kept = draw.uniform[:, 1] >= self.caption_dropout
+            text_embedding, text = self.empty_caption.instead(text_embedding, text, ~kept)
         prediction = prior(draw.noise, text_embedding, text).float()
         projection = projection_loss(prediction, image_embedding.float(), self.reduction)
-        contrastive = contrastive_loss(prediction, all_text_embeddings.float(), first, self.temperature)
+        contrastive = contrastive_loss(prediction, all_text_embeddings.float(), first, self.temperature, kept)
         loss = projection + self.contrastive_weight * contrastive if self.contrastive_weight else projection
         return {"loss": loss, "projection": projection.detach(), "contrastive": contrastive.detach()}
 
@@ -62,7 +72,13 @@ def projection_loss(prediction: Tensor, target: Tensor, reduction: Literal["mean
     return (error.sum(1) if reduction == "sum" else error.mean(1)).mean()
 
 
-def contrastive_loss(prediction: Tensor, texts: Tensor, first: int, temperature: float) -> Tensor:
-    """InfoNCE of predictions (B, D) against texts (global, D): prediction i belongs to text first + i; cosine / τ."""
+def contrastive_loss(
+    prediction: Tensor, texts: Tensor, first: int, temperature: float, kept: Tensor | None = None
+) -> Tensor:
+    """InfoNCE of predictions (B, D) against texts (global, D): prediction i belongs to text first + i; cosine / τ.
+
+    Averaged over B, with 0 for rows where kept (B,) is false.
+    """
     logits = F.normalize(prediction, dim=1) @ F.normalize(texts, dim=1).T / temperature
-    return F.cross_entropy(logits, torch.arange(first, first + len(prediction), device=logits.device))
+    each = F.cross_entropy(logits, torch.arange(first, first + len(prediction), device=logits.device), reduction="none")
+    return (each if kept is None else each * kept).mean()

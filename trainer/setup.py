@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import EclipseError, UsageError
 from ..pipeline.store import Store
+from .captions import EmptyCaption
 from .checkpoint import load_newest, save_checkpoint
 from .diffusion import DiffusionObjective, DiffusionPrior
 from .distributed import World
@@ -151,7 +152,7 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
             learning_rate=job.options.learning_rate,
             weight_decay=job.options.weight_decay,
         ),
-        objective=_objective(prior, job.options),
+        objective=_objective(prior, job, world),
         guard=Guard(),
         states_from=states_from,
     )
@@ -189,26 +190,33 @@ def _network(job: Job, store: Store) -> Prior | DiffusionPrior:
     return DiffusionPrior(config) if job.options.arm == "diffusion" else Prior(config)
 
 
-def _objective(prior: Prior | DiffusionPrior, options: TrainSection) -> Objective | DiffusionObjective:
+def _objective(prior: Prior | DiffusionPrior, job: Job, world: World) -> Objective | DiffusionObjective:
     if isinstance(prior, DiffusionPrior):
         return DiffusionObjective(prior)
+    options = job.options
     weight = 0.0 if options.arm == "projection" else options.lambda_
-    return Objective(weight, options.temperature, options.projection_reduction)
+    empty = _empty_caption(job, world.device) if options.caption_dropout else None
+    return Objective(weight, options.temperature, options.projection_reduction, options.caption_dropout, empty)
 
 
 def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: Job) -> None:
     """Mean and deviation of the training images, and the features of the empty caption."""
-    from ..pipeline.encoder import Encoder
-
     some = np.sort(np.random.default_rng(job.options.seed).permutation(rows)[:STATISTICS_ROWS])
     images = torch.from_numpy(store.image_embeddings(some)).float()
-    encoder = Encoder.load(job.encoder.model, job.encoder.pretrained)
-    nothing = encoder.encode_text(*encoder.tokenize([""]))
+    nothing = _empty_caption(job, "cpu")
     with torch.no_grad():
         prior.clip_mean.copy_(images.mean(0, keepdim=True))
         prior.clip_std.copy_(images.std(0, keepdim=True).clamp_min(1e-6))
         prior.empty_text_embedding.copy_(nothing.embedding)
         prior.empty_text_states.copy_(nothing.states)
+
+
+def _empty_caption(job: Job, device: torch.device | str) -> EmptyCaption:
+    from ..pipeline.encoder import Encoder
+
+    encoder = Encoder.load(job.encoder.model, job.encoder.pretrained)
+    nothing = encoder.encode_text(*encoder.tokenize([""]))
+    return EmptyCaption(nothing.embedding.to(device), nothing.states.to(device))
 
 
 def average_weights(average: nn.Module, prior: nn.Module, *, step: int, decay: float) -> None:

@@ -26,6 +26,7 @@ from .schedule import learning_rate
 from .setup import ARMS, Job, Run, average_weights, prepare
 from .spawn import spawn
 from .stopping import StopSignals, raise_stopped
+from .trackers import open_trackers
 
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
@@ -40,7 +41,7 @@ def fit(job: Job, world: World, progress: Progress) -> dict[str, Any]:
     options, began, resumed_at = job.options, time.monotonic(), run.step
     with (
         StopSignals() as stop,
-        MetricsLog(job.directory, run.step, active=world.leads) as log,
+        open_log(run) as log,
         open_batches(run) as batches,
         progress.task("train", options.steps, "steps") as task,
     ):
@@ -133,6 +134,14 @@ def draw_for(run: Run, count: int) -> Draw:
     return Draw(noise, torch.rand(count, 2, generator=generator, device=run.world.device))
 
 
+def open_log(run: Run) -> MetricsLog:
+    """The metrics of this run, from its step on; those of processes that do not lead go nowhere."""
+    job, leads = run.job, run.world.leads
+    config = {"fingerprint": job.fingerprint, "preset": job.preset, **job.options.model_dump(mode="json")}
+    trackers = open_trackers(job.directory, run.step, job.options.wandb, config) if leads else []
+    return MetricsLog(job.directory, run.step, active=leads, trackers=trackers)
+
+
 def open_batches(run: Run) -> Batches:
     """The stream of this process's shares, from the run's step on."""
     options, world = run.job.options, run.world
@@ -147,6 +156,8 @@ def open_batches(run: Run) -> Batches:
         dtype=torch.bfloat16 if run.half else torch.float32,
         position=run.step * options.batch_size,
         states_from=run.states_from,
+        resident=options.resident,
+        block_rows=options.block_rows,
     )
 
 
