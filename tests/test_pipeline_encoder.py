@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ CAPTIONS = [
     " ".join(["photograph"] * 76),  # one too many
     "a very long caption " * 40,
 ]
-LAYERS = 2  # full widths of the published models, less depth: agreement of one block is agreement of all
+# Full widths of the published models, less depth, as agreement of one block is agreement of all. ECLIPSE_FULL_DEPTH=1
+# takes the depth too: two minutes and 12 GB.
+LAYERS = None if os.environ.get("ECLIPSE_FULL_DEPTH") else 2
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +41,12 @@ def encoder(clip_name: str) -> Encoder:
     return Encoder.load(clip_name)
 
 
-def published(name: str, pretrained: str, layers: int = LAYERS) -> nn.Module:
+def published(name: str, pretrained: str, layers: int | None = LAYERS) -> nn.Module:
     """The published configuration with random weights, biases and layer norms included."""
     config = open_clip.get_model_config(name)
     assert config is not None
-    towers: dict[str, Any] = {key: {**config[key], "layers": layers} for key in ("vision_cfg", "text_cfg")}
+    depth = {} if layers is None else {"layers": layers}
+    towers: dict[str, Any] = {key: {**config[key], **depth} for key in ("vision_cfg", "text_cfg")}
     torch.manual_seed(0)
     model = open_clip.create_model(name, force_quick_gelu=wants_quick_gelu(name, pretrained), **towers)
     with torch.no_grad():

@@ -41,7 +41,9 @@ def test_pieces_have_the_gradient_of_the_whole(weight: float, dropout: float) ->
         matrix.grad = None
         for a, b in bounds:
             draw = Draw(noise[a:b], uniform[a:b])
-            terms = objective(lambda e, t, _: (t + e) @ matrix, images[a:b], texts[a:b], empty.take(a, b), draw, texts, a)
+            terms = objective(
+                lambda e, t, _: (t + e) @ matrix, images[a:b], texts[a:b], empty.take(a, b), draw, texts, a
+            )
             (terms["loss"] * (b - a) / 6).backward()
         assert matrix.grad is not None
         return matrix.grad
