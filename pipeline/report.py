@@ -220,7 +220,7 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
             ),
         ],
         neighbours=[
-            [shots(own, "looks", "good"), *(shots(r, f"{c:.3f}") for r, c in zip(others, cosines, strict=True))]
+            [shots(own, "picture", "good"), *(shots(r, f"{c:.3f}") for r, c in zip(others, cosines, strict=True))]
             for (own, *others), (_, *cosines) in zip(near.tolist(), likeness.tolist(), strict=True)
         ],
         rejected=shares(rejected, len(store) + sum(rejected.values())),
