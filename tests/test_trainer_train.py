@@ -24,6 +24,7 @@ from eclipse.trainer.metrics import read_metrics
 from eclipse.trainer.prior import load_prior
 from eclipse.trainer.split import split
 from learnable_cache import make_workspace
+from safetensors.torch import load_file
 
 QUIET = Progress(quiet=True)
 
@@ -111,13 +112,20 @@ def test_muon_learns_and_resumes_bitwise_equal(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(Terminated):
         stage.train(cut, QUIET)
     stage.train(cut, QUIET)
+    kept = load_file(cut.prior / "latest" / "optimizer.safetensors")
+    assert "proj_in.weight.momentum_buffer" in kept and "proj_in.bias.exp_avg" in kept
     assert losses(cut) == losses(whole)
     assert all(torch.equal(x, weights(cut)[name]) for name, x in weights(whole).items())
 
 
-def test_how_rows_are_held_changes_nothing(undisturbed: Workspace, tmp_path: Path) -> None:
+def test_how_rows_are_held_changes_nothing(
+    undisturbed: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ws = make_workspace(tmp_path / "ws", resident=True)
-    stage.train(ws, QUIET)
+    with monkeypatch.context() as patch:
+        patch.delattr("eclipse.trainer.feeds.StoreFeed.request")  # validation reads through it, and is left out
+        patch.setattr(stage, "validate", lambda run, log: None)
+        stage.train(ws, QUIET)
     assert losses(ws) == losses(undisturbed)
     blocks = make_workspace(tmp_path / "blocks", block_rows=8)
     stage.train(blocks, QUIET)
