@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,13 +23,26 @@ def test_two_nodes_share_the_shards(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     ws = make_workspace(tmp_path / "ws", make_clip(tmp_path / "clip"))
-    for number in range(4):
-        write_shard(ws.images / f"{number:05d}.tar", [*good_samples(number, 10), ("bad", b"junk", "caption")])
+    tars = [ws.images / f"{number:05d}.tar" for number in range(6)]
+    ws.images.mkdir(parents=True, exist_ok=True)
+    for number, tar in enumerate(tars):
+        if number in (0, 4):
+            tar.touch()
+            continue
+        write_shard(tar, [*good_samples(number, 10), ("bad", b"junk", "caption")])
     with pytest.raises(EclipseError, match="ray start --head"):
         embed(ws, Progress(quiet=True), cluster="ray")
     embed(ws, Progress(quiet=True), gpus=0, batch_size=4)
     alone = {path.name: path.read_bytes() for path in ws.embeddings.iterdir()}
 
+    # Whichever node starts first could finish so few shards alone. It gets stuck in shard 0, so the other makes 1 to 3
+    # and gets stuck in 4, which leaves 5 to the first.
+    for stuck, until in ((0, 3), (4, 5)):
+        tars[stuck].unlink()
+        os.mkfifo(tars[stuck])
+        part = ws.embeddings / f"part-{until:05d}.parquet"
+        part.unlink()
+        threading.Thread(target=_let_go, args=(tars[stuck], part), daemon=True).start()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
     try:
         cluster.add_node(num_cpus=1, num_gpus=0)
@@ -37,3 +53,13 @@ def test_two_nodes_share_the_shards(tmp_path: Path) -> None:
     assert summary["devices"] == ["node 0", "node 1"]
     assert {path.name: path.read_bytes() for path in ws.embeddings.iterdir()} == alone
     Store.open(ws.embeddings).verify()
+
+
+def _let_go(pipe: Path, after: Path) -> None:
+    """Once the part `after` is there, let whoever waits in opening `pipe` go on: with an empty shard."""
+    deadline = time.monotonic() + 120
+    while not after.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pipe.open("wb"):  # returns when both ends are open
+        pipe.unlink()
+        pipe.touch()
