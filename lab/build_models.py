@@ -21,7 +21,7 @@ from .model_card import write_model_card
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-STEPS = ("clip", "movq", "refine", "unet", "unet-further", "pack", "card")
+STEPS = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "pack", "card")
 
 
 @app.command()
@@ -35,6 +35,7 @@ def build(
     refine_steps: int = 1_500,
     unet_steps: int = 3_400,
     further_steps: int = 4_200,
+    wide_steps: int = 9_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
@@ -50,6 +51,7 @@ def build(
             "refine": lambda: build_movq.refine(folder, drawn, refine_steps),
             "unet": lambda: build_unet.build(folder, drawn, unet_steps),
             "unet-further": lambda: build_unet.further(folder, drawn, further_steps),
+            "unet-wide": lambda: build_unet.wide(folder, drawn, wide_steps),
         }
         for name in wanted:
             if name in builders:

@@ -23,8 +23,13 @@ from ..pipeline.workspace import atomic_path
 from .build_movq import LATENT_CHANNELS, encode
 from .build_movq import load as load_movq
 from .build_run import Pictures, Trainer, as_floats
+from .captions import fitting_categories
+from .drawing import draw
+from .shapes import Scene, World
+from .widen import widen
 
 EMBEDDING_DIM = 128
+RETOLD = 8  # other scenes a caption is told of
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Phase:
     time_power: (
         float  # time = 1000·u^power for uniform u: below 1 it dwells where only the embedding tells what to draw
     )
+    retold_share: float = 0.0  # of pictures conditioned on a mean over other scenes that share a caption: what the
+    # best of priors predicts, since it knows no more than the caption
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class Recipe:
 FIRST = Recipe(23, 64, 1e-3, (Phase(0, 0.1, 0.5, 0.7, 1.0), Phase(1800, 0.05, 0.25, 0.4, 0.33)))
 # Layouts are learnt by then; shapes and textures need many more steps, so the batch is halved.
 FURTHER = Recipe(25, 32, 8e-4, (Phase(0, 0.05, 0.15, 0.3, 0.5),))
+WIDE = Recipe(27, 32, 8e-4, (Phase(0, 0.05, 0.15, 0.3, 0.6, retold_share=0.35),))
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(outer_channels: int = 32) -> UNet2DConditionModel:
     """The classes and options of the published Kandinsky 2.2 decoder, with 16×16 latents and few channels."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -64,10 +72,11 @@ def new_unet() -> UNet2DConditionModel:
         down_block_types=["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],  # type: ignore[arg-type]
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],  # type: ignore[arg-type]
-        block_out_channels=[32, 96, 128],  # type: ignore[arg-type]
+        block_out_channels=[outer_channels, 96, 128],  # type: ignore[arg-type]
         layers_per_block=1,
         attention_head_dim=32,
         cross_attention_dim=64,
+        time_embedding_dim=128,
         norm_num_groups=8,
         resnet_time_scale_shift="scale_shift",
         encoder_hid_dim=EMBEDDING_DIM,
@@ -98,6 +107,11 @@ def further(folder: Path, pictures: Pictures, steps: int) -> None:
     _train("unet-further", FURTHER, load(folder / "unet"), folder, pictures, steps)
 
 
+def wide(folder: Path, pictures: Pictures, steps: int) -> None:
+    """Double the outer channels of `folder/unet-further`, train it further and write `folder/unet-wide`."""
+    _train("unet-wide", WIDE, widen(load(folder / "unet-further"), new_unet(64), seed=3), folder, pictures, steps)
+
+
 def load(path: Path) -> UNet2DConditionModel:
     """A UNet in float32, ready to train or to pack."""
     loaded = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
@@ -109,6 +123,7 @@ def _train(name: str, recipe: Recipe, unet: UNet2DConditionModel, folder: Path, 
     latents = latents_of(folder, pictures, load_movq(folder / "movq"))
     embeddings = embeddings_of(folder, pictures, encoder)
     negative = negative_embedding(encoder)
+    retold = retold_of(folder, pictures, encoder) if any(p.retold_share for p in recipe.phases) else None
     spread = embeddings.float().std(0)
     scheduler, batch = new_scheduler(), recipe.batch
     unet = cast(UNet2DConditionModel, unet.to(memory_format=torch.channels_last))  # type: ignore[call-arg]
@@ -119,6 +134,9 @@ def _train(name: str, recipe: Recipe, unet: UNet2DConditionModel, folder: Path, 
         rows = torch.from_numpy(rows)
         clean, condition = latents[rows].float(), embeddings[rows].float()
         phase = [p for p in recipe.phases if p.first_step <= step][-1]
+        if retold is not None:
+            told = (rows < len(retold)) & (torch.rand(batch) < phase.retold_share * pictures.count / len(retold))
+            condition[told] = _mean_of_some(retold[rows[told]].float())
         level = torch.rand(batch, 1) * phase.noise * (torch.rand(batch, 1) < phase.noisy_share)
         condition = condition + level * spread * torch.randn_like(condition)
         condition = torch.where(torch.rand(batch, 1) < phase.negative_share, negative, condition)
@@ -133,6 +151,13 @@ def _train(name: str, recipe: Recipe, unet: UNet2DConditionModel, folder: Path, 
     unet.half().save_pretrained(folder / name)
 
 
+def _mean_of_some(embeddings: Tensor) -> Tensor:
+    """(B, D) means over the first few, at least three and a random number for each, of embeddings (B, RETOLD, D)."""
+    number = torch.randint(3, RETOLD + 1, (len(embeddings), 1))
+    chosen = (torch.arange(RETOLD) < number).float()
+    return torch.einsum("bk,bkd->bd", chosen / number, embeddings)
+
+
 def negative_embedding(encoder: Encoder) -> Tensor:
     """(1, 128) embedding of the picture whose normalised pixels are all zero, as Kandinsky's pipelines define it."""
     return encoder.encode_images(torch.zeros(1, 3, encoder.image_size, encoder.image_size))
@@ -141,7 +166,7 @@ def negative_embedding(encoder: Encoder) -> Tensor:
 def pack(folder: Path, models: Path) -> None:
     """Write what was built to `models`: `clip`, and `decoder`, which stock `KandinskyV22Pipeline` reads."""
     shutil.copytree(folder / "clip", models / "clip", dirs_exist_ok=True)
-    unet = load(folder / "unet-further")
+    unet = load(folder / "unet-wide")
     movq = load_movq(folder / "movq-refined")
     pipeline = KandinskyV22Pipeline(unet=unet, scheduler=new_scheduler(), movq=movq)
     pipeline.to(torch.float16).save_pretrained(models / "decoder")
@@ -169,6 +194,35 @@ def _cached(path: Path, pictures: Pictures, of: Callable[[np.ndarray], Tensor]) 
 def embeddings_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
     """Raw image embeddings (N, 128) float16 of all pictures."""
     return _cached(folder / "embeddings.safetensors", pictures, encoder.encode_images)
+
+
+@torch.inference_mode()
+def retold_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
+    """Raw image embeddings (N/2, RETOLD, 128) float16: of other scenes that one caption of picture i tells as well.
+
+    Made for the first half of the pictures, computed once.
+    """
+    path = folder / "retold.safetensors"
+    if not path.exists():
+        parts = []
+        for start in range(0, pictures.count // 2, 32):
+            scenes = [pictures.scene(i) for i in range(start, min(start + 32, pictures.count // 2))]
+            told = [
+                _retell(pictures.world, scene, np.random.default_rng([26, start, i])) for i, scene in enumerate(scenes)
+            ]
+            embedded = encoder.encode_images(draw([scene for alike in told for scene in alike]))
+            parts.append(embedded.half().unflatten(0, (len(scenes), RETOLD)))
+            print(f"retold {start + len(scenes)}/{pictures.count // 2}", end="\r", flush=True)
+        with atomic_path(path) as beside:
+            save_file({"rows": torch.cat(parts)}, beside)
+    return load_file(path)["rows"]
+
+
+def _retell(world: World, scene: Scene, rng: np.random.Generator) -> list[Scene]:
+    """RETOLD other scenes with the scene's captions of one category, drawn among those that leave something open."""
+    open_ended = [c for c in fitting_categories(scene) if c != "complex" or len(scene.things) == 2]
+    category = open_ended[int(rng.integers(len(open_ended)))]
+    return [world.retold(scene, category, rng) for _ in range(RETOLD)]
 
 
 def latents_of(folder: Path, pictures: Pictures, movq: VQModel) -> Tensor:

@@ -37,14 +37,14 @@ def caption_of(scene: Scene, rng: np.random.Generator, category: str | None = No
         return _related(category, first, second, relation, scene.background, rng)
     if category == "complex":
         return full_caption(scene)
-    listing = _join([_counted(things, category) for things in _groups(scene)])
+    listing = _join([_counted(things, category) for things in groups(scene)])
     return _opening(rng) + listing
 
 
 def fitting_categories(scene: Scene) -> tuple[str, ...]:
     """Relations need two different objects; a count worth saying needs a repeated one."""
     pair = len(scene.things) == 2 and scene.things[0].composition != scene.things[1].composition
-    repeated = len(_groups(scene)) < len(scene.things)
+    repeated = len(groups(scene)) < len(scene.things)
     return (
         "color",
         "shape",
@@ -88,11 +88,12 @@ def _related(
     return f"{text} on a {background} background" if category == "complex" else text
 
 
-def _groups(scene: Scene) -> list[list[Thing]]:
-    groups: dict[tuple[str, ...], list[Thing]] = {}
+def groups(scene: Scene) -> list[list[Thing]]:
+    """The objects of a scene, those that look alike together, in reading order of the first of each."""
+    alike: dict[tuple[str, ...], list[Thing]] = {}
     for thing in scene.things:
-        groups.setdefault((thing.color, thing.shape, thing.texture, thing.size), []).append(thing)
-    return list(groups.values())
+        alike.setdefault((thing.color, thing.shape, thing.texture, thing.size), []).append(thing)
+    return list(alike.values())
 
 
 def _counted(things: list[Thing], category: str) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from .captions import CATEGORIES, caption_of, full_caption, prompt_text
+from .captions import CATEGORIES, caption_of, fitting_categories, full_caption, groups, prompt_text
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -141,6 +141,29 @@ class World:
     def caption(self, scene: Scene, rng: np.random.Generator, category: str | None = None) -> str:
         """A caption in one of the scene's possible categories: it names every object, not all that is seen of it."""
         return caption_of(scene, rng, category)
+
+    def retold(self, scene: Scene, category: str, rng: np.random.Generator) -> Scene:
+        """Another scene that has `scene`'s captions of `category`: all that these leave open is drawn again.
+
+        Raises ValueError for a category that does not fit the scene, or whose captions name every place.
+        """
+        pair = len(scene.things) == 2
+        if category not in fitting_categories(scene) or (category == "complex" and not pair):
+            raise ValueError(f"nothing to draw again by a caption of category {category!r}")
+        kinds = [
+            Wanted(
+                alike[0].shape,
+                alike[0].color,
+                alike[0].texture if category in ("texture", "complex") else None,
+                alike[0].size if category == "complex" else None,
+                len(alike),
+            )
+            for alike in groups(scene)
+        ]
+        relation = None
+        if category in ("spatial", "complex"):
+            relation = "left of" if scene.things[0].position == "left" else "above"
+        return _arrange(kinds, rng, relation, scene.background if category == "complex" else None)
 
     def full_caption(self, scene: Scene) -> str:
         """All that can be said: size, texture, color, shape and place of each object, and the background."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
+from eclipse.lab.captions import fitting_categories
 from eclipse.lab.shapes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -108,3 +110,20 @@ def test_a_scene_for_a_prompt_holds_what_it_asks(category: str) -> None:
             assert len(alike) == wanted.count
             assert all(wanted.texture in (None, t.texture) and wanted.size in (None, t.size) for t in alike)
         assert prompt.background in (None, scene.background)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_scene_told_again_has_the_same_captions_and_is_another(category: str) -> None:
+    world, rng, told = World(seed=4), np.random.default_rng(0), 0
+    for index in range(150):
+        scene = world.scene(index, "any")
+        if category not in fitting_categories(scene) or (category == "complex" and len(scene.things) != 2):
+            with pytest.raises(ValueError, match=category):
+                world.retold(scene, category, rng)
+            continue
+        other, told = world.retold(scene, category, rng), told + 1
+        assert other != scene
+        for seed in range(3):
+            captions = [world.caption(s, np.random.default_rng(seed), category) for s in (scene, other)]
+            assert captions[0] == captions[1]
+    assert told > 20

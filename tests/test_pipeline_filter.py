@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,17 @@ def test_the_embed_page_measures_retrieval_and_the_gap(planted) -> None:
     path = report.embed_page(ws, Store.open(ws.embeddings), {"not an image": 3})
     page = path.read_text()
     assert "not an image" in page and "modality gap" in page and page.count("<figure") >= 40
+
+
+def test_the_embed_page_shows_lengths_and_the_nearest_other_pictures(tmp_path: Path) -> None:
+    maker, table = Maker(1), small(report.QUERIES - 2)  # so few rows that every one is shown
+    twin = maker.like(table[3], 100, embedding=0.01, grey=1)
+    again = Row(table[3].image, table[3].text, table[3].grey, table[3].url, "the same picture told otherwise")
+    ws = synthetic_cache.write(tmp_path / "ws", [*table, twin, again])
+    page = report.embed_page(ws, Store.open(ws.embeddings), {}).read_text()
+    assert "Length of the embeddings of pictures" in page and "Length of the embeddings of captions" in page
+    section = page.split("Nearest neighbours</h2>")[1].split("<h2>")[0]
+    shown = [re.findall(r'alt="(.*?)"', group) for group in section.split('<div class="group">')[1:]]
+    nearest = {query: first for query, first, *_ in shown}
+    assert nearest[table[3].caption] == nearest[again.caption] == twin.caption, "a picture is no neighbour of itself"
+    assert nearest[twin.caption] in (table[3].caption, again.caption)

@@ -10,12 +10,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from eclipse.errors import EclipseError, UsageError
 from eclipse.pipeline.embed import embed
+from eclipse.pipeline.filter import filter_cache
 from eclipse.pipeline.heads import LAION, find_head, load_head
 from eclipse.pipeline.store import Store
+from eclipse.pipeline.workspace import Workspace
 from eclipse.progress import Progress
 from shards import good_samples, make_workspace, write_shard
 from tiny_clip import make_clip
@@ -54,6 +57,23 @@ def test_scores_are_the_heads_of_the_unit_embedding(tmp_path: Path, head: Path) 
     expected = linear(torch.nn.functional.normalize(images, dim=-1))[:, 0].detach()
     for name in ("aesthetic_score", "safety_score"):
         np.testing.assert_allclose(store.column(name).to_numpy(), expected.numpy(), atol=2e-3)
+
+
+def test_the_filter_rejects_by_the_scores_of_heads(tmp_path: Path, head: Path) -> None:
+    """Aesthetic scores have a floor, safety scores a ceiling; rows beyond both are counted once."""
+    ws = make_workspace(tmp_path / "ws", make_clip(tmp_path / "clip"), aesthetic=str(head), safety=str(head))
+    write_shard(ws.images / "00000.tar", good_samples(0, 9))
+    embed(ws, Progress(quiet=True), gpus=0)
+    scores = Store.open(ws.embeddings).column("safety_score").to_numpy()
+    low, high = np.sort(scores)[[2, 6]].tolist()
+    rules = {"min_aesthetic_score": low, "max_safety_score": high, "wrong_caption": None, "near_copy_cosine": None}
+    card = ws.card.model_copy(update={"filter": ws.card.filter.model_copy(update=rules)})
+    card.dump(ws.card_path)
+    filter_cache(ws := Workspace.open(ws.root), Progress(quiet=True))
+    expected = np.where(scores < low, "low_aesthetic_score", np.where(scores > high, "high_safety_score", None))
+    assert pq.read_table(ws.selection)["reason"].to_pylist() == expected.tolist()
+    page = (ws.reports / "filter.html").read_text()
+    assert "high safety score" in page
 
 
 def test_laions_heads_belong_to_openais_weights() -> None:
