@@ -22,10 +22,11 @@ from ..progress import Progress
 from . import build_unet
 from .checker import judge, read_all
 from .score import FRESH, decode_pictures, encode_scenes
-from .shapes import CATEGORIES, Scene, World
+from .shapes import CATEGORIES, Prompt, Scene, World
 
 ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
-TRAINED = ("clip", "movq", "refine", "unet", "unet-further")  # whose logs the card quotes
+SCENES_A_MEAN = 24
+TRAINED = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide")  # whose logs the card quotes
 Accuracies = dict[str, float]
 
 
@@ -78,11 +79,14 @@ def embed_captions(encoder: Encoder, captions: list[str], batch: int = 250) -> T
 
 
 def measure_decoder(encoder: Encoder, world: World, card: Card, each: int, progress: Progress) -> dict[str, Accuracies]:
-    """Accuracy a category decoding true image embeddings (`oracle`) and text embeddings (`text`)."""
+    """Accuracy a category decoding true image embeddings (`oracle`), means over those of several scenes that fulfil the
+    prompt (`mean`), and text embeddings (`text`).
+    """
     prompts = [p for c in CATEGORIES for split in ("seen", "unseen") for p in world.prompts(c, each, split)]
     texts = encode_texts(encoder, [p.text for p in prompts], progress)
     embeddings = {
         "oracle": encode_scenes(encoder, [world.scene_for(p) for p in prompts]),
+        "mean": _mean_embeddings(encoder, world, prompts),
         "text": embed_captions(encoder, [p.text for p in prompts]),
     }
     seeds = [picture_seed(0, p.text, 0) for p in prompts]
@@ -94,6 +98,12 @@ def measure_decoder(encoder: Encoder, world: World, card: Card, each: int, progr
             c: float(np.mean([s for s, p in zip(scores, prompts, strict=True) if p.category == c])) for c in CATEGORIES
         }
     return found
+
+
+def _mean_embeddings(encoder: Encoder, world: World, prompts: list[Prompt]) -> Tensor:
+    """(B, D): of scenes other than the oracle's."""
+    scenes = [world.scene_for(prompt, 1 + i) for prompt in prompts for i in range(SCENES_A_MEAN)]
+    return encode_scenes(encoder, scenes).unflatten(0, (len(prompts), SCENES_A_MEAN)).mean(1)
 
 
 def write_model_card(folder: Path, models: Path, card: Card, each: int, progress: Progress) -> dict[str, Any]:
@@ -109,10 +119,19 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
     }
     write_json(models / "figures.json", figures)
-    batch = {"first": build_unet.FIRST.batch, "further": build_unet.FURTHER.batch}
+    recipes = {"first": build_unet.FIRST, "further": build_unet.FURTHER, "wide": build_unet.WIDE}
     template = Path(__file__).parent / "templates" / "model_card.md.j2"
     text = Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
-        figures, card=card, world=world, targets=ORACLE_TARGETS, categories=CATEGORIES, batch=batch
+        figures,
+        card=card,
+        world=world,
+        targets=ORACLE_TARGETS,
+        categories=CATEGORIES,
+        batch={name: recipe.batch for name, recipe in recipes.items()},
+        unet_parameters=build_unet.load(models / "decoder" / "unet").num_parameters(),
+        retold=build_unet.RETOLD,
+        retold_share=build_unet.WIDE.phases[-1].retold_share,
+        scenes_a_mean=SCENES_A_MEAN,
     )
     with atomic_path(models / "MODEL_CARD.md") as beside:
         beside.write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -7,13 +7,14 @@ tells the two apart. Group norms over channels of two levels change their groups
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 
 _NOISE = 0.02  # of the weights' own spread
 _SPLIT = (0.3, 0.7)  # a channel's share in what it and its double pass on, drawn uniformly
 
 
-def widen(narrow: nn.Module, wide: nn.Module, seed: int) -> nn.Module:
+def widen(narrow: UNet2DConditionModel, wide: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
     """Fill `wide` from `narrow`: the same UNet but for twice the channels in its first level. Returns `wide`."""
     rng = torch.Generator().manual_seed(seed)
     old = narrow.state_dict()

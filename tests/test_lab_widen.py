@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from eclipse.lab import widen as widening
 from eclipse.lab.build_unet import EMBEDDING_DIM, new_unet
 from eclipse.lab.widen import widen
@@ -16,7 +17,7 @@ def test_a_wider_unet_computes_nearly_the_same(monkeypatch: pytest.MonkeyPatch) 
     noisy, times = torch.randn(4, 4, 16, 16), torch.tensor([10, 300, 600, 999])
     condition = {"image_embeds": torch.randn(4, EMBEDDING_DIM)}
 
-    def error(wide: torch.nn.Module) -> float:
+    def error(wide: UNet2DConditionModel) -> float:
         """Relative to what the narrow one computes."""
         expected = narrow(noisy, times, None, added_cond_kwargs=condition).sample
         found = wide(noisy, times, None, added_cond_kwargs=condition).sample
