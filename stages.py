@@ -126,8 +126,17 @@ def export_prior(ws: Workspace, directory: Path, *, overwrite: bool = False) -> 
         raise EclipseError("no trained prior", where=str(final), hint="run `eclipse train` first")
     if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError("there is something already", where=str(directory), hint="name another, or add --overwrite")
-    from .trainer.prior import load_prior, save_prior
+    from .trainer.prior import CONFIG, WEIGHTS, load_prior, save_prior
 
+    if directory.is_dir():
+        foreign = sorted({path.name for path in directory.iterdir()} - {CONFIG, WEIGHTS})
+        if foreign:  # replacing the directory would remove it
+            hint = "an export replaces nothing but an earlier export: name another directory"
+            raise UsageError(
+                f"this directory holds other things, such as {foreign[0]}", where=str(directory), hint=hint
+            )
+    if directory.resolve() == final.resolve():
+        raise UsageError("this is the trained prior itself", where=str(directory), hint="name another directory")
     prior = load_prior(final)
     with atomic_path(directory.absolute()) as temporary:
         save_prior(prior, temporary)

@@ -164,6 +164,7 @@ def test_export_needs_a_prior_and_spares_what_is_there(ws: Workspace, tmp_path: 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     refused(eclipse("export", tmp_path / "mine", cwd=ws.root), 2, "something already", "--overwrite")
+    refused(eclipse("export", tmp_path / "mine", "--overwrite", cwd=ws.root), 2, "thesis.txt", "another directory")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
