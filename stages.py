@@ -124,19 +124,14 @@ def export_prior(ws: Workspace, directory: Path, *, overwrite: bool = False) -> 
     final = ws.prior / "final"
     if not (final / "config.json").is_file():
         raise EclipseError("no trained prior", where=str(final), hint="run `eclipse train` first")
-    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError("there is something already", where=str(directory), hint="name another, or add --overwrite")
     from .trainer.prior import CONFIG, WEIGHTS, load_prior, save_prior
 
-    if directory.is_dir():
-        foreign = sorted({path.name for path in directory.iterdir()} - {CONFIG, WEIGHTS})
-        if foreign:  # replacing the directory would remove it
-            hint = "an export replaces nothing but an earlier export: name another directory"
-            raise UsageError(
-                f"this directory holds other things, such as {foreign[0]}", where=str(directory), hint=hint
-            )
-    if directory.resolve() == final.resolve():
-        raise UsageError("this is the trained prior itself", where=str(directory), hint="name another directory")
+    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if (directory.exists() and not directory.is_dir()) or found - {CONFIG, WEIGHTS}:
+        hint = "name another directory; --overwrite replaces nothing but an earlier export"
+        raise UsageError("there is something already that is no export", where=str(directory), hint=hint)
+    if found and not overwrite:
+        raise UsageError("there is an export already", where=str(directory), hint="name another, or add --overwrite")
     prior = load_prior(final)
     with atomic_path(directory.absolute()) as temporary:
         save_prior(prior, temporary)

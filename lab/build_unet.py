@@ -23,7 +23,7 @@ from ..pipeline.workspace import atomic_path
 from .build_movq import LATENT_CHANNELS, encode
 from .build_movq import load as load_movq
 from .build_run import Pictures, Trainer, as_floats
-from .captions import fitting_categories
+from .captions import open_categories
 from .drawing import draw
 from .shapes import Scene, World
 from .widen import widen
@@ -220,8 +220,8 @@ def retold_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
 
 def _retell(world: World, scene: Scene, rng: np.random.Generator) -> list[Scene]:
     """RETOLD other scenes with the scene's captions of one category, drawn among those that leave something open."""
-    open_ended = [c for c in fitting_categories(scene) if c != "complex" or len(scene.things) == 2]
-    category = open_ended[int(rng.integers(len(open_ended)))]
+    fitting = open_categories(scene)
+    category = fitting[int(rng.integers(len(fitting)))]
     return [world.retold(scene, category, rng) for _ in range(RETOLD)]
 
 

@@ -55,6 +55,11 @@ def fitting_categories(scene: Scene) -> tuple[str, ...]:
     )
 
 
+def open_categories(scene: Scene) -> tuple[str, ...]:
+    """Those of `fitting_categories` whose captions leave something open: `complex` names every place but of a pair."""
+    return tuple(c for c in fitting_categories(scene) if c != "complex" or len(scene.things) == 2)
+
+
 def full_caption(scene: Scene) -> str:
     """Size, texture, color, shape and place of every object, and the background."""
     parts = [

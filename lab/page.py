@@ -17,7 +17,7 @@ from ..pipeline.pages import data_uri, write_page
 from ..progress import Progress
 from .accuracy import Confusion, blur_and_jpeg, measure
 from .annotate import annotated
-from .captions import fitting_categories
+from .captions import open_categories
 from .checker import Reading, judge, read_all
 from .drawing import draw
 from .shapes import BACKGROUND_RGB, CATEGORIES, COLORS, HSV, RADIUS, SHAPES, Prompt, Scene, Thing, World
@@ -117,8 +117,7 @@ def _scenes(world: World, category: str) -> list[dict[str, Any]]:
     scenes: list[Scene] = []
     for index in range(start, start + 100):
         scene = world.scene(index, "any")
-        fits = category in fitting_categories(scene) and (len(scene.things) == 2 or category != "complex")
-        if fits and len(scenes) < _SHOWN:
+        if category in open_categories(scene) and len(scenes) < _SHOWN:
             scenes.append(scene)
     captions = [world.caption(scene, rng, category) for scene in scenes]
     return [_shot(picture, caption) for picture, caption in zip(draw(scenes), captions, strict=True)]

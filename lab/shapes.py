@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from .captions import CATEGORIES, caption_of, fitting_categories, full_caption, groups, prompt_text
+from .captions import CATEGORIES, caption_of, full_caption, groups, open_categories, prompt_text
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -147,8 +147,7 @@ class World:
 
         Raises ValueError for a category that does not fit the scene, or whose captions name every place.
         """
-        pair = len(scene.things) == 2
-        if category not in fitting_categories(scene) or (category == "complex" and not pair):
+        if category not in open_categories(scene):
             raise ValueError(f"nothing to draw again by a caption of category {category!r}")
         kinds = [
             Wanted(

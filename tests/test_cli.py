@@ -163,9 +163,9 @@ def test_export_needs_a_prior_and_spares_what_is_there(ws: Workspace, tmp_path: 
     (ws.prior / "final" / "config.json").write_text("{}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    refused(eclipse("export", tmp_path / "mine", cwd=ws.root), 2, "something already", "--overwrite")
-    refused(eclipse("export", tmp_path / "mine", "--overwrite", cwd=ws.root), 2, "thesis.txt", "another directory")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", ws.root):
+        refused(eclipse("export", path, "--overwrite", cwd=ws.root), 2, "something already", "another directory")
+    assert ws.card_path.is_file() and (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
 def test_a_second_process_is_told_who_holds_the_workspace(ws: Workspace):
