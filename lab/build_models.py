@@ -21,7 +21,7 @@ from .model_card import write_model_card
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-STEPS = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "pack", "card")
+STEPS = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "unet-crowded", "pack", "card")
 
 
 @app.command()
@@ -36,6 +36,7 @@ def build(
     unet_steps: int = 3_400,
     further_steps: int = 4_200,
     wide_steps: int = 9_000,
+    crowded_steps: int = 6_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
@@ -52,6 +53,7 @@ def build(
             "unet": lambda: build_unet.build(folder, drawn, unet_steps),
             "unet-further": lambda: build_unet.further(folder, drawn, further_steps),
             "unet-wide": lambda: build_unet.wide(folder, drawn, wide_steps),
+            "unet-crowded": lambda: build_unet.crowded(folder, drawn, crowded_steps),
         }
         for name in wanted:
             if name in builders:

@@ -45,6 +45,7 @@ class Phase:
     )
     retold_share: float = 0.0  # of pictures conditioned on a mean over other scenes that share a caption: what the
     # best of priors predicts, since it knows no more than the caption
+    crowded_share: float = 0.0  # of pictures drawn among those of three or four objects alone
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ FIRST = Recipe(23, 64, 1e-3, (Phase(0, 0.1, 0.5, 0.7, 1.0), Phase(1800, 0.05, 0.
 # Layouts are learnt by then; shapes and textures need many more steps, so the batch is halved.
 FURTHER = Recipe(25, 32, 8e-4, (Phase(0, 0.05, 0.15, 0.3, 0.5),))
 WIDE = Recipe(27, 32, 8e-4, (Phase(0, 0.05, 0.15, 0.3, 0.6, retold_share=0.35),))
+# What is wrong by then is nearly always the outline of one of several small objects.
+CROWDED = Recipe(29, 32, 6e-4, (Phase(0, 0.05, 0.1, 0.3, 0.6, retold_share=0.3, crowded_share=0.4),))
 
 
 def new_unet(outer_channels: int = 32) -> UNet2DConditionModel:
@@ -112,6 +115,11 @@ def wide(folder: Path, pictures: Pictures, steps: int) -> None:
     _train("unet-wide", WIDE, widen(load(folder / "unet-further"), new_unet(64), seed=3), folder, pictures, steps)
 
 
+def crowded(folder: Path, pictures: Pictures, steps: int) -> None:
+    """Train `folder/unet-wide` further, on crowded scenes above all, and write `folder/unet-crowded`."""
+    _train("unet-crowded", CROWDED, load(folder / "unet-wide"), folder, pictures, steps)
+
+
 def load(path: Path) -> UNet2DConditionModel:
     """A UNet in float32, ready to train or to pack."""
     loaded = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
@@ -125,15 +133,19 @@ def _train(name: str, recipe: Recipe, unet: UNet2DConditionModel, folder: Path, 
     negative = negative_embedding(encoder)
     retold = retold_of(folder, pictures, encoder) if any(p.retold_share for p in recipe.phases) else None
     spread = embeddings.float().std(0)
+    several = _crowded(pictures) if any(p.crowded_share for p in recipe.phases) else np.arange(0)
     scheduler, batch = new_scheduler(), recipe.batch
     unet = cast(UNet2DConditionModel, unet.to(memory_format=torch.channels_last))  # type: ignore[call-arg]
     trainer = Trainer(name, folder, unet, steps, recipe.learning_rate, ema_decay=0.998, warmup=200)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = np.random.default_rng([recipe.seed, step]).choice(pictures.count, batch, replace=False)
+        phase = [p for p in recipe.phases if p.first_step <= step][-1]
+        rng = np.random.default_rng([recipe.seed, step])
+        rows = rng.choice(pictures.count, batch, replace=False)
+        if n := round(batch * phase.crowded_share):
+            rows[:n] = rng.choice(several, n, replace=False)
         rows = torch.from_numpy(rows)
         clean, condition = latents[rows].float(), embeddings[rows].float()
-        phase = [p for p in recipe.phases if p.first_step <= step][-1]
         if retold is not None:
             told = (rows < len(retold)) & (torch.rand(batch) < phase.retold_share * pictures.count / len(retold))
             condition[told] = _mean_of_some(retold[rows[told]].float())
@@ -158,6 +170,11 @@ def _mean_of_some(embeddings: Tensor) -> Tensor:
     return torch.einsum("bk,bkd->bd", chosen / number, embeddings)
 
 
+def _crowded(pictures: Pictures) -> np.ndarray:
+    """Numbers of the pictures of three or four objects."""
+    return np.flatnonzero([len(pictures.scene(i).things) > 2 for i in range(pictures.count)])
+
+
 def negative_embedding(encoder: Encoder) -> Tensor:
     """(1, 128) embedding of the picture whose normalised pixels are all zero, as Kandinsky's pipelines define it."""
     return encoder.encode_images(torch.zeros(1, 3, encoder.image_size, encoder.image_size))
@@ -166,7 +183,7 @@ def negative_embedding(encoder: Encoder) -> Tensor:
 def pack(folder: Path, models: Path) -> None:
     """Write what was built to `models`: `clip`, and `decoder`, which stock `KandinskyV22Pipeline` reads."""
     shutil.copytree(folder / "clip", models / "clip", dirs_exist_ok=True)
-    unet = load(folder / "unet-wide")
+    unet = load(folder / "unet-crowded")
     movq = load_movq(folder / "movq-refined")
     pipeline = KandinskyV22Pipeline(unet=unet, scheduler=new_scheduler(), movq=movq)
     pipeline.to(torch.float16).save_pretrained(models / "decoder")
