@@ -361,7 +361,7 @@ def export(
     from .stages import export_prior, locate
 
     def work(progress: Progress) -> dict[str, Any]:
-        return export_prior(locate(None, workspace), directory, overwrite=overwrite)
+        return export_prior(locate(None, workspace), directory, progress, overwrite=overwrite)
 
     present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
 

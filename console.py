@@ -129,7 +129,7 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
-        problem, code = EclipseError("interrupted", hint="run the same command again to continue"), INTERRUPTED
+        problem, code = EclipseError("interrupted", hint=_again()), INTERRUPTED
     else:
         problem = explain(error)
         code = problem.exit_code
@@ -139,17 +139,22 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     return code
 
 
-def explain(error: BaseException) -> EclipseError:
+def _again() -> str:
+    """How to go on: a second --overwrite would begin once more."""
+    if "--overwrite" in sys.argv:
+        return "run the command again without --overwrite to continue, or as it was to begin anew"
+    return "run the same command again to continue"
+
+
+def explain(error: BaseException) -> EclipseError | Terminated:
     """The message for the user behind any exception."""
-    if isinstance(error, EclipseError):
+    if isinstance(error, (EclipseError, Terminated)):
         return error
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         where = str(error.filename) if isinstance(error, OSError) and error.filename else None
-        return EclipseError(
-            "the disk is full", where=where, hint="free some space and run the same command again: it continues"
-        )
+        return EclipseError("the disk is full", where=where, hint=f"free some space, then {_again()}")
     if isinstance(error, OSError) and error.filename:
         return EclipseError(error.strerror or text, where=str(error.filename))
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
@@ -169,7 +174,7 @@ def _sigterm_raises() -> Iterator[None]:
         if os.getpid() != owner:  # a forked worker inherits the handler, not the duty
             os._exit(128 + number)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated("stopped by SIGTERM", hint="run the same command again to continue")
+        raise Terminated("stopped by SIGTERM", hint=_again())
 
     try:
         before = signal.signal(signal.SIGTERM, stop)

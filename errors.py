@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 
-class EclipseError(Exception):
-    """One message for the user. The command line prints it without a traceback and exits with `exit_code`.
-
-    what: the problem in one sentence; where: file, row or key; hint: what to do next.
-    """
+class _Message(BaseException):
+    """What is wrong, where, and what to do, as the command line prints it."""
 
     exit_code = 1
 
@@ -30,17 +27,27 @@ class EclipseError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.hint)
 
 
+class EclipseError(_Message, Exception):
+    """One message for the user. The command line prints it without a traceback and exits with `exit_code`.
+
+    what: the problem in one sentence; where: file, row or key; hint: what to do next.
+    """
+
+
 class UsageError(EclipseError):
     """The command was called in a way that cannot work: exit code 2."""
 
     exit_code = 2
 
 
-class Terminated(EclipseError):  # noqa: N818 - named after what happened, not after a fault
-    """Stopped by SIGTERM after saving: exit code 143, so that a scheduler never mistakes it for done."""
+class Terminated(_Message, BaseException):
+    """Stopped by SIGTERM after saving: exit code 143, so that a scheduler never mistakes it for done.
+
+    Like KeyboardInterrupt no Exception: the signal may arrive inside a library call whose every failure is handled.
+    """
 
     exit_code = 143
 
 
-def _rebuild(kind: type[EclipseError], what: str, where: str | None, hint: str | None) -> EclipseError:
+def _rebuild(kind: type[_Message], what: str, where: str | None, hint: str | None) -> _Message:
     return kind(what, where=where, hint=hint)

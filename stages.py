@@ -57,6 +57,8 @@ def run_stage(
     module_name, function_name = ENTRIES[stage]
     if stage == "evaluate" and ws.card.source.kind == "shapes":
         module_name, function_name = SHAPES_EVALUATION
+    if stage in ("render", "evaluate") and options.get("prior") is None:
+        check_prior(ws, progress)
     leads = os.environ.get("RANK", "0") == "0"  # under torchrun one process holds the workspace for all
     with ws.lock(stage) if leads else contextlib.nullcontext():
         try:
@@ -95,8 +97,8 @@ def _dirt(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
     """How much of the dirt planted in the shapes world was found; measured once for each run of the filter."""
     path, state = ws.reports / "dirt.json", ws.state("filter")
     assert state is not None
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if known.get("filtered_at") == state.finished_at:
+    known = _read_json(path)
+    if known.get("filtered_at") == state.finished_at and "found" in known:
         return known["found"]
     if not measure_it:
         return None
@@ -105,6 +107,15 @@ def _dirt(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
     found = measure(ws)
     write_json(path, {"filtered_at": state.finished_at, "found": found})
     return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that can be made again; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def cluster_option(stage: str, cluster: str) -> dict[str, str]:
@@ -119,8 +130,16 @@ def cluster_option(stage: str, cluster: str) -> dict[str, str]:
     return {"cluster": cluster}
 
 
-def export_prior(ws: Workspace, directory: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def check_prior(ws: Workspace, progress: Progress) -> None:
+    """Say so if the trained prior is not of the present data. Raises EclipseError if it is damaged."""
+    ws.require_intact("train")
+    if ws.state("train") is None and (ws.prior / "final").is_dir():
+        progress.say("the prior was trained before its data changed; `eclipse train --overwrite` makes a new one")
+
+
+def export_prior(ws: Workspace, directory: Path, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
     """Copy the trained prior to `directory`, in the published format."""
+    check_prior(ws, progress)
     final = ws.prior / "final"
     if not (final / "config.json").is_file():
         raise EclipseError("no trained prior", where=str(final), hint="run `eclipse train` first")

@@ -7,6 +7,7 @@ for any prior; `text`, the raw text embedding in place of an image embedding. Al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,20 +51,23 @@ def evaluate_shapes(ws: Workspace, progress: Progress, *, overwrite: bool = Fals
         EclipseError: no trained prior, weights that cannot be used, or changed settings without `overwrite`.
     """
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    if overwrite:
-        ws.reset("evaluate")
-    elif done := ws.completed("evaluate", fingerprint):
+    if not overwrite and (done := ws.completed("evaluate", fingerprint)):
         return done
-    ws.begin("evaluate", fingerprint)
+    with ws.redoing("evaluate") if overwrite else nullcontext():
+        ws.begin("evaluate", fingerprint)
+        summary = _evaluate(ws, progress)
+        ws.finish("evaluate", fingerprint, summary)
+    return summary
+
+
+def _evaluate(ws: Workspace, progress: Progress) -> dict[str, Any]:
     summary, prompts, shots = measure(ws, progress, str(ws.prior / "final"))
     from .score_page import write_score_page
 
     page, figures = ws.reports / "evaluate.html", ws.reports / "evaluate.json"
     write_json(figures, {**summary, "pictures": _records(prompts, shots)})
     write_score_page(page, ws.card, summary, prompts, shots)
-    summary = {**summary, "report": str(page), "json": str(figures)}
-    ws.finish("evaluate", fingerprint, summary)
-    return summary
+    return {**summary, "report": str(page), "json": str(figures)}
 
 
 def measure(

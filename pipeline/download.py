@@ -12,9 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -42,20 +43,18 @@ def download(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     no fate; UsageError for a list that cannot be read.
     """
     fingerprint = ws.card.fingerprint("source")
-    if overwrite:
-        ws.reset("download")
-        _forget(ws)
-    elif (done := ws.completed("download", fingerprint)) is not None:
+    if not overwrite and (done := ws.completed("download", fingerprint)) is not None:
         return done
-    ws.begin("download", fingerprint)
     started = time.monotonic()
-    with Fetchers(_spec(ws)) as fetchers, _served(ws) as urls:
+    with _swept(ws), Fetchers(_spec(ws)) as fetchers, _served(ws, anew=overwrite) as urls:
         run = _Run(ws, urls, progress, fetchers)
-        try:
-            run.survey()
-            run.fetch()
-        finally:
-            run.sweep()
+        run.survey(anew=overwrite)
+        if overwrite:  # the list is known to be readable: nothing old is removed before
+            ws.reset("download")
+            shutil.rmtree(ws.images, ignore_errors=True)
+        ws.begin("download", fingerprint)
+        run.note_list()
+        run.fetch()
     summary = run.account()
     from .report import download_page
 
@@ -77,19 +76,17 @@ class _Run:
     unfit: list[Reject] = field(default_factory=list)
     attempts: dict[int, int] = field(default_factory=dict)
     shards: int = 0
+    digest: str = ""
 
-    def survey(self) -> None:
+    def survey(self, *, anew: bool) -> None:
         """Read the list once: how many rows there are to fetch, which ones cannot be, and that it is the same list."""
-        digest = self.urls.digest()
-        record = self.ws.logs / "download-list.json"
-        if any(self.ws.images.glob("*_stats.json")):
-            before = json.loads(record.read_text())["sha256"] if record.exists() else digest
-            if before != digest:
-                raise EclipseError(
-                    "the URL list changed since this download began",
-                    where=", ".join(map(str, self.urls.paths)),
-                    hint="restore it, or begin anew with `eclipse download --overwrite`",
-                )
+        self.digest = self.urls.digest()
+        if not anew and any(self.ws.images.glob("*_stats.json")) and self._listed() not in (None, self.digest):
+            raise EclipseError(
+                "the URL list changed since this download began",
+                where=", ".join(map(str, self.urls.paths)),
+                hint="restore it, or begin anew with `eclipse download --overwrite`",
+            )
         for row in self.urls.rows():
             if isinstance(row, Reject):
                 self.unfit.append(row)
@@ -98,7 +95,24 @@ class _Run:
         if not self.clean:
             reasons = ", ".join(sorted({reject.reason for reject in self.unfit})) or "it is empty"
             raise UsageError(f"the URL list holds nothing to fetch: {reasons}", where=str(self.urls.paths[0]))
-        write_json(record, {"sha256": digest, "rows": self.clean + len(self.unfit)})
+
+    def note_list(self) -> None:
+        """Record which list this download is of."""
+        write_json(self._list_record, {"sha256": self.digest, "rows": self.clean + len(self.unfit)})
+
+    @property
+    def _list_record(self) -> Path:
+        return self.ws.logs / "download-list.json"
+
+    def _listed(self) -> str | None:
+        """The digest of the list that an earlier run began with, or None if that is not known."""
+        try:
+            return str(json.loads(self._list_record.read_text())["sha256"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            hint = "remove it if the URL list is still the same, or run `eclipse download --overwrite`"
+            raise EclipseError("damaged record of the URL list", where=str(self._list_record), hint=hint) from error
 
     def fetch(self) -> None:
         """The first pass over all rows, then the passes over what may succeed now."""
@@ -199,9 +213,14 @@ class _Run:
                 if self.attempts.get(row, shard) == shard:
                     yield Reject(shard_name(shard), key, reason, url, caption)
 
-    def sweep(self) -> None:
-        """Remove what unfinished shards left."""
-        for folder in self.ws.images.glob(f"{work_folder(self.ws.images, 0).name[:-SHARD_DIGITS]}*"):
+
+@contextmanager
+def _swept(ws: Workspace) -> Iterator[None]:
+    """Removes what unfinished shards left, once the workers are gone."""
+    try:
+        yield
+    finally:
+        for folder in ws.images.glob(f"{work_folder(ws.images, 0).name[:-SHARD_DIGITS]}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -221,13 +240,15 @@ def _spec(ws: Workspace) -> FetchSpec:
 
 
 def _stats(ws: Workspace, shard: int) -> dict[str, Any] | None:
-    """What img2dataset noted of a finished shard, or None if it is not finished."""
+    """What img2dataset noted of a finished shard, or None if it is not finished, or its tar is gone since."""
     path = ws.images / f"{shard_name(shard)}_stats.json"
     try:
-        return json.loads(path.read_text())
+        stats = json.loads(path.read_text())
+        has_tar = int(stats["successes"]) == 0 or (ws.images / f"{shard_name(shard)}.tar").is_file()
+        return {**stats, "count": int(stats["count"])} if has_tar else None
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         hint = "remove the file and run `eclipse download` again"
         raise EclipseError("damaged record of a finished shard", where=str(path), hint=hint) from error
 
@@ -247,24 +268,19 @@ def _failures(ws: Workspace, shard: int) -> Iterator[tuple[int, str, str, str, s
         yield row, key, url, caption, message.partition(":")[0]
 
 
-def _served(ws: Workspace) -> AbstractContextManager[UrlList]:
-    """The card's list; that of the shapes world is served by this machine for as long as the block runs."""
+def _served(ws: Workspace, *, anew: bool) -> AbstractContextManager[UrlList]:
+    """The card's list; that of the shapes world is served by this machine for as long as the block runs.
+
+    anew: the shapes world makes its list again.
+    """
     source = ws.card.source
     if source.kind == "shapes":
-        from ..lab.server import serve
+        from ..lab.server import list_path, serve
 
+        if anew:
+            list_path(ws).unlink(missing_ok=True)
         return serve(ws)
     return nullcontext(UrlList(tuple(source.paths(ws.root)), source.url_column, source.caption_column))
-
-
-def _forget(ws: Workspace) -> None:
-    """Remove all that an earlier download made."""
-    shutil.rmtree(ws.images, ignore_errors=True)
-    (ws.logs / "download-list.json").unlink(missing_ok=True)
-    if ws.card.source.kind == "shapes":
-        from ..lab.server import list_path
-
-        list_path(ws).unlink(missing_ok=True)
 
 
 def _cores(ws: Workspace) -> int:

@@ -49,15 +49,19 @@ def embed(
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS[STAGE])
     if keep_states != ws.card.encoder.text_states:
         fingerprint += f" text_states={keep_states}"
-    if overwrite:
-        _clear(ws)
-    elif done := ws.completed(STAGE, fingerprint):
+    if not overwrite and (done := ws.completed(STAGE, fingerprint)):
         return done
+    ws.require_intact("download")
     used = list(devices) if devices else _devices(gpus, cluster)
-    tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]])
-    ws.begin(STAGE, fingerprint)
+    tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]], orphans_allowed=overwrite)
 
-    run = EmbedRun(tasks, progress)
+    def ready() -> None:
+        """The encoder is there and everything asked for makes sense: nothing old is removed before."""
+        if overwrite:
+            _clear(ws)
+        ws.begin(STAGE, fingerprint)
+
+    run = EmbedRun(tasks, progress, ready)
     spec = _spec(ws, progress, keep_states, used)
     if cluster != "local":
         from .cluster import run_on_ray
@@ -75,14 +79,17 @@ def embed(
     return summary
 
 
-def plan(ws: Workspace, batch_size: int) -> list[ShardTask]:
-    """One task for each image shard, numbered like it. Raises EclipseError if there is none, or a part is an orphan."""
+def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> list[ShardTask]:
+    """One task for each image shard, numbered like it.
+
+    Raises EclipseError if there is none, or a part is an orphan and such are not allowed.
+    """
     shards = numbered_shards(ws.images)
     if not shards:
         raise EclipseError("no image shards to embed", where=str(ws.images), hint="run `eclipse download` first")
     wanted = {part_name(number) for number in shards}
     for path in sorted(ws.embeddings.glob("part-*.parquet")):
-        if path.name not in wanted:
+        if path.name not in wanted and not orphans_allowed:
             raise EclipseError(
                 "this part belongs to no image shard",
                 where=str(path),

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,15 @@ SHOWN_SHARDS = 5
 
 
 class EmbedRun:
-    """One run of the stage over `tasks`. Thread-safe once started."""
+    """One run of the stage over `tasks`. Thread-safe once started.
 
-    def __init__(self, tasks: Sequence[ShardTask], progress: Progress) -> None:
+    ready: called once, when the first encoder is loaded and before anything is written.
+    """
+
+    def __init__(self, tasks: Sequence[ShardTask], progress: Progress, ready: Callable[[], None]) -> None:
         self.tasks = tasks
         self.progress = progress
+        self.ready = ready
         self.meta: PartMeta | None = None
         self.book = TaskBook([])
         self.embedded = 0
@@ -50,6 +54,7 @@ class EmbedRun:
                     hint="make sure that every node has the same weights",
                 )
             return
+        self.ready()
         left = [task for task in self.tasks if finished(task, meta) is None]
         if len(left) < len(self.tasks):
             self.progress.say(f"{len(self.tasks) - len(left):,} of {len(self.tasks):,} shards are embedded already")

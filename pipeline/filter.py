@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ..errors import EclipseError
@@ -29,12 +30,16 @@ def filter_cache(ws: Workspace, progress: Progress, *, overwrite: bool = False) 
     Raises EclipseError if `embed` is not done, or if the filter was run with other settings and not told to overwrite.
     """
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["filter"])
-    if overwrite:
-        ws.reset("filter")
-    elif done := ws.completed("filter", fingerprint):
+    if not overwrite and (done := ws.completed("filter", fingerprint)):
         return done
     if ws.state("embed") is None:
         raise EclipseError("nothing to filter yet", where=str(ws.embeddings), hint="run `eclipse embed` first")
+    ws.require_intact("embed")
+    with ws.redoing("filter") if overwrite else nullcontext():
+        return _filter(ws, progress, fingerprint)
+
+
+def _filter(ws: Workspace, progress: Progress, fingerprint: str) -> dict:
     ws.begin("filter", fingerprint)
     started = time.monotonic()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -33,11 +35,18 @@ class Damage:
     reason: str
 
 
+def require_regular(path: Path) -> None:
+    """Raise OSError for what is no regular file: opening a named pipe would wait forever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def members(path: Path) -> Iterator[Member | Damage]:
     """Every regular file in tar order, and a Damage for what cannot be read. Directories are passed over.
 
     After a damaged header reading goes on at the next one that is whole. Raises OSError if the file cannot be opened.
     """
+    require_regular(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from ..errors import EclipseError, UsageError
 from .rejected import Reject
+from .tars import require_regular
 
 BATCH = 65_536
+LINE_LIMIT = 1 << 24  # bytes of a JSON line; a file without line ends may be larger than the memory
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -44,6 +49,7 @@ class UrlList:
         total = hashlib.sha256()
         for path in self.paths:
             try:
+                require_regular(path)
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
@@ -64,38 +70,105 @@ class UrlList:
                     for url, caption in zip(urls, captions, strict=True):
                         yield _row(number, _text(url), _text(caption))
                         number += 1
-            except pa.ArrowInvalid as error:
-                raise EclipseError(f"cannot read the URL list: {error}", where=f"{path}, near row {number}") from error
             except OSError as error:
                 raise UsageError(f"cannot read the URL list: {error.strerror or error}", where=str(path)) from error
+            except (pa.ArrowException, ValueError, KeyError) as error:
+                raise EclipseError(
+                    f"cannot read the URL list: {error}",
+                    where=f"{path}, near row {number}",
+                    hint="repair the file, or take it out of the card's source.urls",
+                ) from error
             yield from broken
 
     def _columns(self, path: Path, broken: list[Reject]) -> Iterator[tuple[list[Any], list[Any]]]:
+        """URLs and captions in blocks, read as the kind of file that the name tells; lines that are no row: `broken`."""
+        require_regular(path)
         wanted = [self.url_column, self.caption_column]
-        reader = _open(path, wanted, broken)
-        names = reader.schema_arrow.names if isinstance(reader, pq.ParquetFile) else reader.schema.names
-        if missing := [name for name in wanted if name not in names]:
-            raise UsageError(
-                f"the URL list has no column {' and no column '.join(missing)}; it has: {', '.join(names)}",
-                where=str(path),
-                hint="set url_column and caption_column in the card's source",
-            )
+        kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+        if kind in ("jsonl", "ndjson"):
+            yield from _json_columns(path, wanted, broken)
+            return
+        if kind == "parquet":
+            reader: Any = pq.ParquetFile(path)
+            schema = reader.schema_arrow
+        elif kind in ("csv", "tsv"):
+            reader = _open_csv(path, wanted, broken, tabs=kind == "tsv")
+            schema = reader.schema
+        else:
+            raise UsageError("unknown kind of URL list", where=str(path), hint="use .parquet, .csv, .tsv or .jsonl")
         with reader:
-            batches = reader.iter_batches(BATCH, columns=wanted) if isinstance(reader, pq.ParquetFile) else reader
+            _require_columns(path, wanted, schema.names)
+            _require_text(path, wanted, schema)
+            batches = reader.iter_batches(BATCH, columns=wanted) if kind == "parquet" else reader
             for batch in batches:
-                yield batch.column(wanted[0]).to_pylist(), batch.column(wanted[1]).to_pylist()
+                yield _values(batch.column(wanted[0])), _values(batch.column(wanted[1]))
 
 
-def _open(path: Path, wanted: list[str], broken: list[Reject]) -> Any:
-    """A reader of record batches for the kind of file that the name tells."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind == "parquet":
-        return pq.ParquetFile(path)
-    if kind in ("csv", "tsv"):
-        return _open_csv(path, wanted, broken, tabs=kind == "tsv")
-    if kind in ("jsonl", "ndjson"):
-        return pyarrow.json.open_json(pa.input_stream(str(path)))
-    raise UsageError("unknown kind of URL list", where=str(path), hint="use .parquet, .csv, .tsv or .jsonl")
+def _require_columns(path: Path, wanted: list[str], names: list[str]) -> None:
+    hint = "set url_column and caption_column in the card's source"
+    if missing := [name for name in wanted if name not in names]:
+        what = f"the URL list has no column {' and no column '.join(missing)}; it has: {', '.join(names)}"
+        raise UsageError(what, where=str(path), hint=hint)
+    if several := [name for name in wanted if names.count(name) > 1]:
+        what = f"the URL list has {names.count(several[0])} columns {several[0]}"
+        raise UsageError(what, where=str(path), hint="rename the ones that are not meant")
+
+
+def _require_text(path: Path, wanted: list[str], schema: pa.Schema) -> None:
+    """Text, bytes, numbers and nulls can be read as text; times, lists and the like are never URLs or captions."""
+    for name in wanted:
+        kind = schema.field(name).type
+        if pa.types.is_nested(kind) or pa.types.is_temporal(kind):
+            what = f"the URL list's column {name} holds {kind}, not text"
+            raise UsageError(what, where=str(path), hint="set url_column and caption_column in the card's source")
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column, text as bytes: a Parquet file may hold any bytes as text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_binary())
+    elif pa.types.is_string(column.type):
+        column = column.cast(pa.binary())
+    return column.to_pylist()
+
+
+def _json_columns(path: Path, wanted: list[str], broken: list[Reject]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Line by line: Arrow's reader gives up a whole file over one damaged line."""
+    known = False
+    with io.BufferedReader(pa.input_stream(str(path))) as file:  # type: ignore[arg-type]  # unpacks .gz
+        numbered = _lines(file)
+        while block := list(islice(numbered, BATCH)):
+            rows = []
+            for number, line in block:
+                if (row := _json_row(line)) is not None:
+                    rows.append(row)
+                elif line.strip():
+                    text = line[:1000].decode("utf-8", "replace")
+                    broken.append(Reject("", f"line {number}", "malformed_row", caption=text))
+            if rows and not known:
+                _require_columns(path, wanted, list(dict.fromkeys(name for row in rows for name in row)))
+                known = True
+            yield [row.get(wanted[0]) for row in rows], [row.get(wanted[1]) for row in rows]
+
+
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1. Of one beyond the limit only the start is kept, which is no JSON object."""
+    number = 0
+    while line := file.readline(LINE_LIMIT):
+        number += 1
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        while len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+            line = file.readline(LINE_LIMIT)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _open_csv(path: Path, wanted: list[str], broken: list[Reject], *, tabs: bool) -> Any:
@@ -118,7 +191,9 @@ def _open_csv(path: Path, wanted: list[str], broken: list[Reject], *, tabs: bool
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value).encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which no file can
 
 
 def _row(number: int, url: str, caption: str) -> UrlRow | Reject:

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,17 +25,30 @@ if TYPE_CHECKING:
 CARD_NAME = "eclipse.yaml"
 TEMPORARY_PREFIX = ".tmp-"
 STAGES = ("download", "embed", "filter", "train", "render", "evaluate")
+OUTPUTS = {  # what a finished stage leaves for later ones and for people, as patterns below the root
+    "download": "images/*.tar",
+    "embed": "embeddings/part-*.parquet",
+    "filter": "selection.parquet",
+    "train": "prior/final/*",
+    "render": "renders/**/*",
+    "evaluate": "reports/evaluate.*",
+}
 
 
 @dataclass(frozen=True)
 class StageState:
-    """What a finished stage left behind: its fingerprint, its summary, and the card it ran with."""
+    """What a finished stage left behind: its fingerprint, its summary, the card it ran with, and its files' sizes."""
 
     stage: str
     fingerprint: str
     summary: dict[str, Any]
     finished_at: str
     card: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)  # bytes, by path below the workspace
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, dict) for value in (self.summary, self.card, self.files)):
+            raise TypeError("summary, card and files are objects")
 
 
 class Workspace:
@@ -146,13 +159,13 @@ class Workspace:
     def completed(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
         """The stored summary with already_complete set, if `stage` finished with this fingerprint; None: (re)start it.
 
-        Raises EclipseError naming the changed card keys if it finished, or began, with another fingerprint. A stage
-        calls this first (unless told to overwrite, when it calls `reset`), then `begin`, and `finish` at its end.
+        None too where a file it left is gone or of another size. Raises EclipseError naming the changed card keys if
+        it finished, or began, with another fingerprint. A stage calls this first (unless told to overwrite, when it
+        calls `redoing` or `reset`), then `begin`, and `finish` at its end.
         """
         state = self.state(stage)
         if state is not None and state.fingerprint == fingerprint:
-            intact = self._output(stage).exists()
-            return {**state.summary, "already_complete": True} if intact else None
+            return {**state.summary, "already_complete": True} if self._damaged(state) is None else None
         if state is not None:
             raise self._changed(stage, state.card, "finished")
         begun = self.begun(stage)
@@ -160,12 +173,30 @@ class Workspace:
             raise self._changed(stage, begun["card"], "began")
         return None
 
+    def require_intact(self, stage: str) -> None:
+        """Raise EclipseError if `stage` finished and a file it left is gone or of another size."""
+        state = self.state(stage)
+        if state is not None and (damaged := self._damaged(state)) is not None:
+            raise EclipseError(
+                f"what `eclipse {stage}` made is no longer whole",
+                where=f"{damaged} is {'of another size' if damaged.exists() else 'gone'}",
+                hint=f"run `eclipse {stage}`: it mends what is missing",
+            )
+
     def begun(self, stage: str) -> dict[str, Any] | None:
         """Fingerprint and card of a stage that began and has not finished, or None."""
+        path = self._begun_path(stage)
         try:
-            return json.loads(self._begun_path(stage).read_text())
+            record = json.loads(path.read_text())
+            return {"fingerprint": str(record["fingerprint"]), "card": dict(record["card"])}
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise EclipseError(
+                f"unreadable record of a stage that began: {error}",
+                where=str(path),
+                hint=f"run `eclipse {stage} --overwrite`",
+            ) from error
 
     def begin(self, stage: str, fingerprint: str) -> None:
         """Record that `stage` started with this fingerprint, so that a resume under another card is noticed."""
@@ -177,7 +208,8 @@ class Workspace:
         card = self.card.model_dump(mode="json", by_alias=True)
         for later in _later(stage):
             self._state_path(later).unlink(missing_ok=True)
-        write_json(self._state_path(stage), asdict(StageState(stage, fingerprint, summary, _now(), card)))
+        left = {str(path.relative_to(self.root)): path.stat().st_size for path in self._left_by(stage)}
+        write_json(self._state_path(stage), asdict(StageState(stage, fingerprint, summary, _now(), card, left)))
         self._begun_path(stage).unlink(missing_ok=True)
 
     def reset(self, stage: str) -> None:
@@ -186,13 +218,54 @@ class Workspace:
             self._state_path(name).unlink(missing_ok=True)
         self._begun_path(stage).unlink(missing_ok=True)
 
+    @contextmanager
+    def redoing(self, stage: str, *paths: Path, made: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Set what `stage` left aside, its `paths` and its state, while the block makes it anew; for --overwrite.
+
+        Where the block fails before `made()` is true, all of it is put back: a mistyped option costs nothing.
+        """
+        names = (stage, *_later(stage))
+        records = [path for name in names for path in (self._state_path(name), self._begun_path(name))]
+        before = {path: path.read_bytes() for path in records if path.exists()}
+        aside = {path: path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}") for path in paths}
+        for path, place in aside.items():
+            if path.exists():
+                path.rename(place)
+        self.reset(stage)
+        try:
+            yield
+        except BaseException:
+            if not made():
+                self._put_back(aside)
+                self._begun_path(stage).unlink(missing_ok=True)
+                for path, content in before.items():
+                    path.write_bytes(content)
+            raise
+        finally:
+            for place in aside.values():
+                _remove(place)
+
+    @staticmethod
+    def _put_back(aside: dict[Path, Path]) -> None:
+        for path, place in aside.items():
+            _remove(path)
+            if place.exists():
+                place.rename(path)
+
     def _state_path(self, stage: str) -> Path:
         return self.logs / "state" / f"{stage}.json"
 
-    def _output(self, stage: str) -> Path:
-        """What must be there for a finished stage to count as complete."""
-        outputs = {"download": self.images, "embed": self.embeddings, "filter": self.selection, "render": self.renders}
-        return outputs.get(stage, self.prior)
+    def _left_by(self, stage: str) -> list[Path]:
+        """The files that `stage` has made."""
+        return [path for path in sorted(self.root.glob(OUTPUTS[stage])) if path.is_file()]
+
+    def _damaged(self, state: StageState) -> Path | None:
+        """The first file that a finished stage left and that is gone or of another size."""
+        for name, size in state.files.items():
+            path = self.root / name
+            if not path.is_file() or path.stat().st_size != size:
+                return path
+        return None
 
     def _begun_path(self, stage: str) -> Path:
         return self.logs / "state" / f"{stage}.begun.json"
@@ -202,7 +275,7 @@ class Workspace:
 
         after = self.card.model_dump(mode="json", by_alias=True)
         changes = differences(before, after, STAGE_SECTIONS.get(stage))
-        what = "; ".join(changes[:5]) or "its options or inputs changed"
+        what = "; ".join(changes[:5]) or "what it was given on the command line"
         return EclipseError(
             f"{stage} {how} with other settings: {what}",
             where=str(self.card_path),

@@ -180,10 +180,48 @@ def test_redoing_a_stage_makes_the_later_ones_stale(ws: Workspace):
     assert [stage for stage in stages if ws.state(stage)] == ["download", "embed"]
 
 
-def test_a_stage_whose_output_is_gone_is_not_complete(ws: Workspace):
-    fingerprint = finish(ws, "download", ws.images)
-    ws.images.rmdir()
-    assert ws.completed("download", fingerprint) is None
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_stage_whose_output_is_damaged_is_not_complete(ws: Workspace, damage: str):
+    ws.embeddings.mkdir()
+    for number in range(3):
+        (ws.embeddings / f"part-0000{number}.parquet").write_bytes(b"rows" * 10)
+    fingerprint = finish(ws, "embed", ws.embeddings)
+    assert ws.completed("embed", fingerprint) is not None
+    ws.require_intact("embed")
+    part = ws.embeddings / "part-00001.parquet"
+    part.unlink() if damage == "gone" else part.write_bytes(b"rows")
+    assert ws.completed("embed", fingerprint) is None
+    with pytest.raises(EclipseError, match="no longer whole") as caught:
+        ws.require_intact("embed")
+    assert str(part) in str(caught.value) and "`eclipse embed`" in str(caught.value)
+
+
+def test_an_overwrite_that_fails_at_once_leaves_everything_as_it_was(ws: Workspace):
+    for stage, outputs in (("train", ws.prior), ("render", ws.renders)):
+        finish(ws, stage, outputs)
+    (ws.prior / "weights").write_text("old")
+    ws.begin("render", "of another card")
+    before = {path: path.read_bytes() for path in ws.root.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError), ws.redoing("train", ws.prior):
+        assert not ws.prior.exists() and ws.state("train") is None and ws.state("render") is None
+        ws.begin("train", "new")
+        ws.prior.mkdir()
+        raise UsageError("no such option")
+    assert {path: path.read_bytes() for path in ws.root.rglob("*") if path.is_file()} == before
+
+
+def test_an_overwrite_that_got_somewhere_keeps_what_is_new(ws: Workspace):
+    finish(ws, "train", ws.prior)
+    (ws.prior / "weights").write_text("old")
+    new = ws.prior / "checkpoint"
+    with pytest.raises(KeyboardInterrupt), ws.redoing("train", ws.prior, made=new.exists):
+        ws.begin("train", "new")
+        ws.prior.mkdir()
+        new.write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in ws.prior.iterdir()] == ["checkpoint"]
+    assert ws.state("train") is None and ws.begun("train") is not None
+    assert not list(ws.root.glob(".tmp-*"))
 
 
 def test_an_unreadable_state_is_named(ws: Workspace):

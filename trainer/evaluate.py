@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,11 +70,16 @@ def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     from ..pipeline.card import STAGE_SECTIONS
 
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    if overwrite:
-        ws.reset("evaluate")
-    elif done := ws.completed("evaluate", fingerprint):
+    if not overwrite and (done := ws.completed("evaluate", fingerprint)):
         return done
-    ws.begin("evaluate", fingerprint)
+    with ws.redoing("evaluate") if overwrite else nullcontext():
+        ws.begin("evaluate", fingerprint)
+        summary = _measure(ws, progress)
+        ws.finish("evaluate", fingerprint, summary)
+    return summary
+
+
+def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
     final = ws.prior / "final"
     if not final.is_dir():
         raise EclipseError("there is no trained prior", where=str(final), hint="run `eclipse train` first")
@@ -84,9 +90,7 @@ def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states_from = live_text(store, card.encoder, device)
     metrics = embedding_metrics(load_prior(final, device), store, chosen, card.evaluate.seed, states_from=states_from)
-    summary = {"rows": len(chosen), **metrics}
-    ws.finish("evaluate", fingerprint, summary)
-    return summary
+    return {"rows": len(chosen), **metrics}
 
 
 def _ranks(queries: Tensor, images: Tensor) -> Tensor:

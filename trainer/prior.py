@@ -86,7 +86,8 @@ DIMENSIONS = tuple(PriorConfig.__dataclass_fields__)
 def save_prior(prior: Prior | DiffusionPrior, directory: Path | str) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors (float32), as the published priors are.
 
-    Each file appears whole or not at all; the config last, so that a directory with one is complete.
+    Each file appears whole or not at all; the config last, so that a directory with one is complete. EclipseError if
+    a weight is not finite.
     """
     from safetensors.torch import save_file
 
@@ -94,6 +95,7 @@ def save_prior(prior: Prior | DiffusionPrior, directory: Path | str) -> None:
     header = {"_class_name": "PriorTransformer", "_diffusers_version": "0.20.2"}
     dimensions = {name: getattr(prior.config, name) for name in DIMENSIONS}
     tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in prior.state_dict().items()}
+    _check_finite(tensors, directory / WEIGHTS)
     with atomic_path(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(directory / CONFIG, dict(sorted({**header, **FIXED, **dimensions}.items())))
@@ -189,3 +191,11 @@ def _check_tensors(tensors: dict[str, Tensor], prior: torch.nn.Module, path: Pat
         if tensors[name].shape != tensor.shape:
             shapes = f"{tuple(tensors[name].shape)}, not {tuple(tensor.shape)} as its config says"
             raise EclipseError(f"the shape of {name} is {shapes}", where=str(path))
+    _check_finite(tensors, path)
+
+
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            hint = "a training that diverged: lower train.learning_rate and run `eclipse train --overwrite`"
+            raise EclipseError(f"{name} holds numbers that are not finite", where=str(path), hint=hint)

@@ -22,8 +22,8 @@ GRACE_S = 30.0  # for the others to notice that one of them failed
 def spawn(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
     """Call `work(*arguments)` in `count` new processes that find each other through the environment.
 
-    Returns what rank 0 returned. SIGTERM and Ctrl-C are passed on, and all are waited for. An EclipseError or a
-    KeyboardInterrupt of a process is raised here; any other failure as RuntimeError with its traceback.
+    Returns what rank 0 returned. SIGTERM and Ctrl-C are passed on, and all are waited for. An EclipseError, Terminated
+    or KeyboardInterrupt of a process is raised here; any other failure as RuntimeError with its traceback.
     """
     context = mp.get_context("spawn")
     outcomes = context.SimpleQueue()
@@ -50,7 +50,7 @@ def _worker(work: Callable[..., Any], outcomes: Any, place: dict[str, str], argu
     rank = int(place["RANK"])
     try:
         outcome = work(*arguments)
-    except (EclipseError, KeyboardInterrupt) as error:
+    except (EclipseError, Terminated, KeyboardInterrupt) as error:
         outcome = error
     except Exception:
         outcome = RuntimeError(f"process {rank} failed:\n{traceback.format_exc()}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UsageError
+from ..errors import EclipseError, UsageError
 from ..progress import Progress
 from .batches import Batch, Batches
 from .distributed import World, count_gpus, join, under_launcher
@@ -176,6 +175,11 @@ def validate(run: Run, log: MetricsLog) -> None:
 def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: float) -> dict[str, Any]:
     """Write final/ and the curves, and sum the run up."""
     job = run.job
+    if run.guard.skipped == run.step:
+        hint = (
+            "lower train.learning_rate and train.lambda, or raise train.temperature; then `eclipse train --overwrite`"
+        )
+        raise EclipseError("nothing was learnt: every step was skipped", where=f"{run.step} steps", hint=hint)
     final = job.directory / "final"
     if run.world.leads:
         save_prior(run.average, final)
@@ -190,7 +194,7 @@ def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: flo
         "validation_rows": len(run.validation_rows),
         "device": f"{run.world.size} × {_device_name(run.world.device)}",
         "seconds": round(seconds, 2),
-        "samples_per_second": round(steps * job.options.batch_size / seconds, 1),
+        "samples_per_second": round(steps * job.options.batch_size / seconds, 1) if steps else 0.0,
         "data_wait_share": round(waited / seconds, 4),
         "validation": validation[-1] if validation else {},
         "best": run.best,
@@ -222,21 +226,21 @@ def train(
     if changes:
         fingerprint = hashlib.sha256(json.dumps([fingerprint, changes], sort_keys=True).encode()).hexdigest()
     leads = os.environ.get("RANK", "0") == "0"
-    if overwrite:
-        if leads:
-            ws.reset("train")
-            shutil.rmtree(ws.prior, ignore_errors=True)
-    elif done := ws.completed("train", fingerprint):
+    if not overwrite and (done := ws.completed("train", fingerprint)):
         return done
+    ws.require_intact("filter")
     count, job = count_gpus(gpus), job_for(ws, changes, fingerprint)
-    if leads:
-        ws.begin("train", fingerprint)
-    if count > 1 and not under_launcher():
-        summary = spawn(work, count, job, False, progress.quiet)
-    else:
-        summary = work(job, count == 0, progress.quiet, progress)
-    if leads:
-        ws.finish("train", fingerprint, summary)
+    checkpoints = ws.prior / "checkpoints"
+    anew = ws.redoing("train", ws.prior, made=lambda: checkpoints.is_dir() and any(checkpoints.iterdir()))
+    with anew if overwrite and leads else nullcontext():
+        if leads:
+            ws.begin("train", fingerprint)
+        if count > 1 and not under_launcher():
+            summary = spawn(work, count, job, False, progress.quiet)
+        else:
+            summary = work(job, count == 0, progress.quiet, progress)
+        if leads:
+            ws.finish("train", fingerprint, summary)
     return summary
 
 
