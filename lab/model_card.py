@@ -26,7 +26,7 @@ from .shapes import CATEGORIES, Prompt, Scene, World
 
 ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
 SCENES_A_MEAN = 24
-TRAINED = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide")  # whose logs the card quotes
+TRAINED = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "unet-crowded")  # whose logs the card quotes
 Accuracies = dict[str, float]
 
 
@@ -119,7 +119,7 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
     }
     write_json(models / "figures.json", figures)
-    recipes = {"first": build_unet.FIRST, "further": build_unet.FURTHER, "wide": build_unet.WIDE}
+    recipes = {"first": build_unet.FIRST, "further": build_unet.FURTHER, "wide": build_unet.WIDE, "crowded": build_unet.CROWDED}
     template = Path(__file__).parent / "templates" / "model_card.md.j2"
     text = Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
         figures,
@@ -130,7 +130,7 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         batch={name: recipe.batch for name, recipe in recipes.items()},
         unet_parameters=build_unet.load(models / "decoder" / "unet").num_parameters(),
         retold=build_unet.RETOLD,
-        retold_share=build_unet.WIDE.phases[-1].retold_share,
+        crowded=build_unet.CROWDED.phases[-1],
         scenes_a_mean=SCENES_A_MEAN,
     )
     with atomic_path(models / "MODEL_CARD.md") as beside:

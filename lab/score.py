@@ -1,7 +1,7 @@
 """Accuracy a category, seen and unseen compositions, by pixel, beside the oracle: `evaluate` on the shapes card.
 
-Arms: `prior`, the trained one; `oracle`, the true image embedding of a fresh scene that fulfils the prompt, the ceiling
-for any prior; `text`, the raw text embedding in place of an image embedding. All arms share prompts and decoder noise.
+Arms: `prior`, the trained one; `oracle`, the true image embedding of a fresh scene that fulfils the prompt; `text`,
+the raw text embedding in place of an image embedding. All arms share prompts and decoder noise.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def write_score_page(
         folders=[Path(__file__).parent / "templates"],
         title="Does the prior compose?",
         lead=f"{summary['prompts']} prompts in six categories, each made into pictures from three embeddings and read "
-        "back by pixel. The oracle, a ceiling for any prior, is the true embedding of a scene that fulfils the prompt.",
+        "back by pixel. The oracle is the true embedding of one scene that fulfils the prompt.",
         footer=f"card {card.name}: {summary['held_out_compositions']} compositions were never seen in training",
         arms=ARM_NAMES,
         splits=splits,
