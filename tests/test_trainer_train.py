@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from eclipse.pipeline.store import Store
 from eclipse.pipeline.workspace import Workspace
 from eclipse.progress import Progress
 from eclipse.trainer import train as stage
+from eclipse.trainer.guard import Guard
 from eclipse.trainer.metrics import read_metrics
 from eclipse.trainer.prior import load_prior
 from eclipse.trainer.split import split
@@ -196,6 +198,40 @@ def test_two_processes_equal_one_with_their_batch(undisturbed: Workspace, tmp_pa
 def test_a_job_travels_to_other_processes(tmp_path: Path) -> None:
     job = stage.job_for(make_workspace(tmp_path / "ws", pictures=10), {"steps": 4}, "fingerprint")
     assert pickle.loads(pickle.dumps(job)) == job and job.options.steps == 4
+
+
+def test_one_thread_for_a_small_prior_and_all_for_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    interrupt_at(monkeypatch, 1, lambda: used.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    stage.train(make_workspace(tmp_path / "ws", steps=3), QUIET)
+    assert used == [1] and torch.get_num_threads() == before
+
+
+def test_an_overwrite_that_cannot_start_costs_nothing(undisturbed: Workspace, tmp_path: Path) -> None:
+    ws = Workspace(shutil.copytree(undisturbed.root, tmp_path / "ws"))
+    before = weights(ws)
+    with pytest.raises(UsageError, match="99 GPUs"):
+        stage.train(ws, QUIET, gpus=99, overwrite=True)
+    ws.selection.write_bytes(b"no table")
+    with pytest.raises(EclipseError) as caught:
+        stage.train(ws, QUIET, overwrite=True)
+    assert str(ws.selection) in str(caught.value)
+    after = weights(ws)
+    assert ws.state("train") is not None and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_training_that_learns_nothing_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guard, "accepts", skipping)
+    ws = make_workspace(tmp_path / "ws", steps=3)
+    with pytest.raises(EclipseError, match="every step was skipped"):
+        stage.train(ws, QUIET)
+    assert not (ws.prior / "final").exists()
+
+
+def skipping(guard: Guard, step: int, loss: float, gradient_norm: float) -> bool:
+    guard.skipped += 1
+    return False
 
 
 def test_sigterm_of_the_command_exits_143(tmp_path: Path) -> None:

@@ -263,8 +263,12 @@ def job_for(ws: Workspace, changes: dict[str, Any], fingerprint: str) -> Job:
 
 def work(job: Job, on_cpu: bool, quiet: bool, progress: Progress | None = None) -> dict[str, Any]:
     """One process's part of a job, alone or among others."""
-    with join(on_cpu=on_cpu) as world:
-        return fit(job, world, progress if progress and world.leads else Progress(quiet=quiet or not world.leads))
+    threads = torch.get_num_threads()
+    try:
+        with join(on_cpu=on_cpu) as world:
+            return fit(job, world, progress if progress and world.leads else Progress(quiet=quiet or not world.leads))
+    finally:
+        torch.set_num_threads(threads)  # a small network takes one; later stages of this process want all
 
 
 def _device_name(device: torch.device) -> str:
