@@ -137,9 +137,7 @@ def _card_needs(card: Card, root: Path) -> Iterator[dict[str, str]]:
 def _encoder_weights(card: Card) -> dict[str, str]:
     model, tag = encoder_name(card)
     if model.startswith("local-dir:"):
-        folder = Path(resolve(model.removeprefix("local-dir:")))
-        found = (folder / "open_clip_config.json").is_file()
-        return check("ok" if found else "missing", "encoder", folder, "" if found else _rebuild(card))
+        return _encoder_directory(card, Path(resolve(model.removeprefix("local-dir:"))))
     name = f"{model} {tag or ''}".strip()
     if model.startswith("hf-hub:"):
         found = _in_hub_cache(model.removeprefix("hf-hub:"))
@@ -153,6 +151,18 @@ def _encoder_weights(card: Card) -> dict[str, str]:
         name,
         "" if found else "fetched by the first `eclipse embed`: needs a network",
     )
+
+
+def _encoder_directory(card: Card, folder: Path) -> dict[str, str]:
+    from .encoder import CONFIG, check_directory
+
+    if not (folder / CONFIG).exists():
+        return check("missing", "encoder", folder, _rebuild(card))
+    try:
+        check_directory(folder)
+    except EclipseError as error:
+        return check("broken", "encoder", error.where or folder, f"{error.what}; {_rebuild(card)}")
+    return check("ok", "encoder", folder)
 
 
 def _decoder_weights(card: Card) -> dict[str, str]:
@@ -234,7 +244,7 @@ def text_tower(model: str) -> TextTower | None:
         config = json.loads(path.read_text())
         text = config.get("model_cfg", config)["text_cfg"]
         return TextTower(int(text["width"]), int(text["layers"]))
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
         return None
 
 

@@ -164,6 +164,9 @@ def _summary(ws: Workspace, run: EmbedRun) -> dict[str, Any]:
 
     reasons = write_rejected(ws, STAGE, rejects())
     set_aside = sum(reasons.values())
+    if totals["inputs"] == 0:
+        hint = "run `eclipse download`, or put tars with pictures there"
+        raise EclipseError("the image shards hold no picture", where=str(ws.images), hint=hint)
     if totals["rows"] == 0:
         raise EclipseError(
             f"none of {totals['inputs']:,} inputs could be embedded", where=str(ws.rejected), hint="see its reasons"

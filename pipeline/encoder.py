@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import EclipseError, UsageError
 from .card import resolve
+from .tars import require_regular
 from .tokens import CaptionTokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ PRESETS = {
     "karlo": ("ViT-L-14", "openai"),
     "kandinsky22": ("ViT-bigG-14", "laion2b_s39b_b160k"),
 }
+CONFIG = "open_clip_config.json"
+WEIGHTS = (  # in open_clip's order of preference
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -185,10 +191,48 @@ def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
     return bool(tag and tag.get("quick_gelu"))
 
 
+def check_directory(folder: Path) -> None:
+    """Raise EclipseError that names the file unless `folder` holds a model in open_clip's layout.
+
+    Of the weights only the header is read, which also tells whether the file has its whole length.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise UsageError("no such model directory", where=f"local-dir:{folder}", hint="check encoder.model in the card")
+    hint = f"put {CONFIG} and {WEIGHTS[0]} there, or correct encoder.model in the card"
+    path = folder / CONFIG
+    try:
+        require_regular(path)
+        _check_config(json.loads(path.read_text(encoding="utf-8")))
+        path = _weights_in(folder)
+        require_regular(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+    except OSError as error:
+        what = f"cannot load the encoder: {error.strerror or error}"
+        raise EclipseError(what, where=str(path), hint=hint) from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise EclipseError(f"cannot load the encoder: {error}", where=str(path), hint=hint) from error
+
+
+def _check_config(config: Any) -> None:
+    towers = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(towers, dict) or not all(isinstance(towers.get(key), dict) for key in ("vision_cfg", "text_cfg")):
+        raise ValueError("this is not a model's config: it needs model_cfg with vision_cfg and text_cfg")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file that open_clip loads; one that is missing if there is none."""
+    others = [path for kind in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{kind}"))]
+    return next((folder / name for name in WEIGHTS if (folder / name).exists()), (others or [folder / WEIGHTS[0]])[0])
+
+
 def _check_name(model: str, pretrained: str | None) -> None:
     if model.startswith(("hf-hub:", "local-dir:")):
-        if model.startswith("local-dir:") and not Path(model.removeprefix("local-dir:")).is_dir():
-            raise UsageError("no such model directory", where=model, hint="check encoder.model in the card")
+        if model.startswith("local-dir:"):
+            check_directory(Path(model.removeprefix("local-dir:")))
         return
     name = model.replace("/", "-")
     if name not in open_clip.list_models():

@@ -6,12 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..errors import EclipseError
 from .part import PartMeta, read_part
 from .rejected import Reject
 from .shard_tasks import ShardTask
+from .tars import require_regular
 from .workspace import atomic_path
 
 SAMPLED_BLOCKS, BLOCK = 16, 4096
@@ -45,10 +46,18 @@ class Fate:
     def load(cls, path: Path) -> Fate | None:
         """None if there is none that can be read: then the shard is embedded again."""
         try:
+            require_regular(path)
             data: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
-            return cls(**{**data, "rejected": [Reject(**reject) for reject in data["rejected"]]})
-        except (OSError, ValueError, TypeError, KeyError):
+            fate = cls(**{**data, "rejected": [Reject(**reject) for reject in data["rejected"]]})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+        return fate if all(map(_well_typed, (fate, *fate.rejected))) else None
+
+
+def _well_typed(record: Fate | Reject) -> bool:
+    """Whether the plain fields of a record read from JSON are of their types."""
+    plain = {name: kind for name, kind in get_type_hints(type(record)).items() if kind in (str, int)}
+    return all(type(getattr(record, name)) is kind for name, kind in plain.items())
 
 
 def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
@@ -62,6 +71,8 @@ def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
     try:
         part = read_part(task.part)
     except EclipseError:
+        if task.part.is_dir():  # which no new part could replace
+            raise
         return None
     if changes := _differences(part.meta, meta):
         raise EclipseError(
@@ -77,6 +88,7 @@ def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
 def content_of(tar: Path) -> str:
     """A cheap mark of a tar's content: its size and sixteen samples of it. Survives copying, notices a new download."""
     try:
+        require_regular(tar)
         size = tar.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with tar.open("rb") as file:
@@ -84,7 +96,7 @@ def content_of(tar: Path) -> str:
                 file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
                 digest.update(file.read(BLOCK))
     except OSError as error:
-        raise EclipseError(f"cannot read the image shard: {error.strerror}", where=str(tar)) from error
+        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(tar)) from error
     return digest.hexdigest()
 
 

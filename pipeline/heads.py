@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EclipseError, UsageError
+from .tars import require_regular
 from .workspace import atomic_path
 
 LAION_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
@@ -53,16 +54,19 @@ def load_head(kind: str, source: str, embedding_dim: int, device: torch.device |
     """
     path = _fetch(kind, source) if "://" in source else Path(source)
     try:
+        require_regular(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         weight, bias = state["weight"].float(), state["bias"].float()
+        if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
+            raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}, not (1, D) and (1,)")
     except FileNotFoundError as error:
         hint = f"encoder.{kind}: PATH, URL#sha256=HEX or null"
         raise UsageError(f"no such {kind} head", where=source, hint=hint) from error
     except Exception as error:  # torch.load raises whatever a broken file makes it raise
         raise EclipseError(f"not a linear {kind} head: {error}", where=source) from error
-    if weight.shape != (1, embedding_dim):
+    if weight.shape[1] != embedding_dim:
         raise UsageError(
-            f"the {kind} head reads {tuple(weight.shape)[-1]} dimensions, the encoder makes {embedding_dim}",
+            f"the {kind} head reads {weight.shape[1]} dimensions, the encoder makes {embedding_dim}",
             where=source,
             hint=f"set encoder.{kind} to a head of this encoder, or to null",
         )

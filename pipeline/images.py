@@ -256,7 +256,7 @@ def _name_fault(name: str) -> str | None:
 
 def _sample(shard: str, key: str, files: dict[str, bytes]) -> Sample | Reject:
     meta = _meta(files.get("json", b""))
-    url = meta["url"] if isinstance(meta.get("url"), str) else ""
+    url = _encodable(meta["url"]) if isinstance(meta.get("url"), str) else ""
     caption = _caption(files.get("txt"), meta)
     pictures = [files[extension] for extension in EXTENSIONS if extension in files]
     if not pictures:
@@ -283,8 +283,13 @@ def _caption(text: bytes | None, meta: dict[str, Any]) -> str | None:
         caption = text[:TEXT_LIMIT].decode("utf-8", "replace")
     else:
         value = meta.get("caption")
-        caption = value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+        caption = _encodable(value) if isinstance(value, str) else ""
     return caption if caption.strip() else None
+
+
+def _encodable(text: str) -> str:
+    """JSON may hold lone surrogates, which no UTF-8 file can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _sha256(recorded: Any, data: bytes) -> bytes:
@@ -298,10 +303,12 @@ def _lost(shard: str, metadata: Path, seen: set[str]) -> Iterator[Reject]:
     """Samples that were stored according to the metadata, and are in the tar no more."""
     if not metadata.is_file():
         return
+    schema = pa.schema([(name, pa.string()) for name in ("key", "url", "caption", "status")])
     try:
-        table = pq.read_table(metadata, columns=["key", "url", "caption", "status"]).to_pydict()
-    except (pa.ArrowException, OSError, KeyError):
+        table = pq.read_table(metadata, columns=schema.names).cast(schema)
+        rows = list(zip(*table.to_pydict().values(), strict=True))
+    except (pa.ArrowException, OSError, KeyError, ValueError):
         return  # tars from elsewhere may have any Parquet beside them
-    for key, url, caption, status in zip(*table.values(), strict=True):
-        if status == "success" and key not in seen:
+    for key, url, caption, status in rows:
+        if status == "success" and key is not None and key not in seen:
             yield Reject(shard, key, "lost_from_tar", url or "", caption or "")

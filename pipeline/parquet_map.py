@@ -84,6 +84,7 @@ def find_page(mapped: np.ndarray, chunk: Chunk) -> Page:
         header, length = _read_struct(mapped[chunk.offset : chunk.offset + HEADER_ROOM].tobytes(), 0)
         kind, raw_size, size, data = header[1], header[2], header[3], header[5]
         values, encoding = data[1], data[2]
+        crc = None if (signed := header.get(4)) is None else signed & 0xFFFFFFFF
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError("no page header where the footer says") from error
     if (kind, encoding) != (DATA_PAGE, PLAIN) or raw_size != size:
@@ -91,8 +92,7 @@ def find_page(mapped: np.ndarray, chunk: Chunk) -> Page:
     start = chunk.offset + length
     if start + size != chunk.offset + chunk.size or values != chunk.values or start + size > len(mapped):
         raise ValueError("its page does not have the length that the footer says")
-    crc = header.get(4)
-    return Page(start, start + size, None if crc is None else crc & 0xFFFFFFFF)
+    return Page(start, start + size, crc)
 
 
 def page_values(mapped: np.ndarray, chunk: Chunk, rows: int, width: int) -> np.ndarray:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ..errors import EclipseError
 from .parquet_map import Chunk, find_page, map_file
+from .tars import require_regular
 from .workspace import atomic_path
 
 FORMAT_VERSION = 1
@@ -29,6 +30,7 @@ NAME = re.compile(r"part-(\d{5,})\.parquet")
 ROW_GROUP_BYTES = 256 << 20  # the writer holds one row group in memory, and a page must stay under 2 GiB
 THUMBNAIL_BYTES = 256  # 16×16 grey levels
 PAGE_LIMIT = 2**31 - 1
+LARGEST_NUMBER = 2**31 - 1  # of a part: selection.parquet addresses rows by int32
 HEAD_SCORES = ("aesthetic_score", "safety_score")
 REEMBED = "remove the file and run `eclipse embed` again"
 
@@ -81,7 +83,7 @@ def part_name(number: int) -> str:
 def part_number(path: Path) -> int:
     """The number in a part's file name. Raises EclipseError for any other name."""
     match = NAME.fullmatch(Path(path).name)
-    if match is None:
+    if match is None or int(match[1]) > LARGEST_NUMBER:
         raise EclipseError("not the name of an embedding part", where=str(path), hint="parts are part-NNNNN.parquet")
     return int(match[1])
 
@@ -238,18 +240,26 @@ def read_part(path: Path, *, number: int | None = None) -> Part:
     path = Path(path)
     number = part_number(path) if number is None else number
     try:
-        footer = pq.read_metadata(path)
-    except (OSError, pa.ArrowException) as error:
+        require_regular(path)
+        return _read_part(path, number, pq.read_metadata(path))
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names in a damaged footer
         raise EclipseError(f"not a whole Parquet file: {error}", where=str(path), hint=REEMBED) from error
+
+
+def _read_part(path: Path, number: int, footer: pq.FileMetaData) -> Part:
     meta, record = _parse_meta(path, footer)
     if record.get("part") != number:
         raise EclipseError(f"this file was written as part {record.get('part')}", where=str(path), hint=REEMBED)
     if footer.num_rows != record.get("rows"):
         problem = f"{footer.num_rows} rows instead of {record.get('rows')}"
         raise EclipseError(problem, where=str(path), hint=REEMBED)
-    if not footer.schema.to_arrow_schema().remove_metadata().equals(part_schema(meta)):
+    schema = part_schema(meta)
+    if not footer.schema.to_arrow_schema().remove_metadata().equals(schema):
         raise EclipseError("its columns are not those of an embedding part", where=str(path), hint=REEMBED)
     groups = tuple(_read_group(path, footer.row_group(g), meta) for g in range(footer.num_row_groups))
+    names = set(schema.names)
+    if sum(group.rows for group in groups) != footer.num_rows or any(group.chunks.keys() != names for group in groups):
+        raise EclipseError("its row groups are not those of an embedding part", where=str(path), hint=REEMBED)
     return Part(path, number, footer.num_rows, meta, groups)
 
 
@@ -260,8 +270,14 @@ def _parse_meta(path: Path, footer: pq.FileMetaData) -> tuple[PartMeta, dict[str
         if version != FORMAT_VERSION:
             hint = "update eclipse" if version > FORMAT_VERSION else REEMBED
             raise EclipseError(f"part format {version}, not {FORMAT_VERSION}", where=str(path), hint=hint)
-        return PartMeta(**{f.name: record[f.name] for f in fields(PartMeta) if f.name in record}), record
-    except (KeyError, TypeError, ValueError) as error:
+        values = {f.name: record[f.name] for f in fields(PartMeta) if f.name in record}
+        for f in fields(PartMeta):
+            if f.name in values and type(values[f.name]).__name__ != f.type:
+                raise TypeError(f"{f.name} is {values[f.name]!r}")
+        if min(values["embedding_dim"], values["text_width"]) < 1:
+            raise ValueError("vectors without dimensions")
+        return PartMeta(**values), record
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EclipseError("not an embedding part of eclipse", where=str(path), hint=REEMBED) from error
 
 
@@ -272,9 +288,10 @@ def _read_group(path: Path, group: pq.RowGroupMetaData, meta: PartMeta) -> RowGr
         column = group.column(index)
         chunk = Chunk(column.data_page_offset, column.total_compressed_size, column.num_values)
         name = column.path_in_schema.partition(".")[0]
-        raw = column.compression == "UNCOMPRESSED" and not column.has_dictionary_page
+        # Not by the codec's name: asked for one that does not exist, pyarrow ends the process.
+        raw = column.total_compressed_size == column.total_uncompressed_size and not column.has_dictionary_page
         whole = chunk.values % meta.text_width == 0 if name == "text_states" else chunk.values == group.num_rows
-        if not raw or not whole or chunk.offset + chunk.size > size:
+        if not raw or not whole or min(chunk.offset, chunk.size) < 0 or chunk.offset + chunk.size > size:
             raise EclipseError(f"column {name} is not laid out as a part's", where=str(path), hint=REEMBED)
         chunks[name] = chunk
     return RowGroup(group.num_rows, chunks)

@@ -13,6 +13,8 @@ import numpy as np
 
 from ..errors import EclipseError
 from .images import EXTENSIONS, BadPictureError, open_picture
+from .part import LARGEST_NUMBER
+from .tars import require_regular
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -20,11 +22,20 @@ if TYPE_CHECKING:
 
 
 def numbered_shards(images: Path) -> dict[int, Path]:
-    """Number → tar of every shard: by name where all are numbers, else (tars from elsewhere) in the order of names."""
+    """Number → tar of every shard: by name where all are numbers, else (tars from elsewhere) in the order of names.
+
+    Raises EclipseError for a number that no part can have.
+    """
     tars = sorted(images.glob("*.tar"))
     numbers = [int(tar.stem) if tar.stem.isdecimal() else -1 for tar in tars]
     if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
         numbers = list(range(len(tars)))
+    if (largest := max(numbers, default=0)) > LARGEST_NUMBER:
+        raise EclipseError(
+            f"the number of this image shard is beyond {LARGEST_NUMBER:,}",
+            where=str(tars[numbers.index(largest)]),
+            hint="rename it, and the files beside it, to a smaller number",
+        )
     return dict(zip(numbers, tars, strict=True))
 
 
@@ -36,6 +47,7 @@ def picture_files(images: Path, wanted: Iterable[tuple[int, str]]) -> Iterator[t
     paths = numbered_shards(images)
     for shard in sorted(keys):
         try:
+            require_regular(paths[shard])
             with tarfile.open(paths[shard]) as tar:
                 for member in tar:
                     key, extension = _split(member.name)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import EclipseError
+from .tars import require_regular
 from .workspace import STAGES, atomic_path
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def write_rejected(ws: Workspace, stage: str, rows: Iterable[Reject]) -> dict[st
     Rows of later stages go too: what they were computed from has changed.
     """
     counts: dict[str, int] = {}
+    if ws.rejected.is_dir():
+        raise _unreadable(ws, IsADirectoryError("it is a directory"))
     with atomic_path(ws.rejected) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
         for batch in _earlier(ws, stage):
             writer.write_table(batch)
@@ -61,26 +64,37 @@ def read_rejected(ws: Workspace, stage: str | None = None) -> pa.Table:
     """The rows of rejected.parquet (of one stage); an empty table if there is no such file yet."""
     if not ws.rejected.exists():
         return SCHEMA.empty_table()
-    table = pq.read_table(ws.rejected, schema=SCHEMA)
+    try:
+        require_regular(ws.rejected)
+        table = pq.read_table(ws.rejected, columns=SCHEMA.names).cast(SCHEMA)
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+        raise _unreadable(ws, error) from error
     return table if stage is None else table.filter(pc.field("stage") == stage)
 
 
 def _earlier(ws: Workspace, stage: str) -> Iterator[pa.Table]:
     """The present rows of the stages before `stage`, in blocks."""
-    if not ws.rejected.exists():
+    kept = STAGES[: STAGES.index(stage)]
+    if not kept or not ws.rejected.exists():
         return
-    kept = pa.array(STAGES[: STAGES.index(stage)], pa.string())  # typed: it may be empty
     try:
+        require_regular(ws.rejected)
         with pq.ParquetFile(ws.rejected) as file:
             for batch in file.iter_batches(BATCH, columns=SCHEMA.names):
                 table = pa.Table.from_batches([batch])
-                table = table.filter(pc.field("stage").isin(kept))
+                table = table.filter(pc.field("stage").isin(pa.array(kept)))
                 if len(table):
                     yield table.cast(SCHEMA)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise EclipseError(
-            f"unreadable: {error}", where=str(ws.rejected), hint="run `eclipse download --overwrite`"
-        ) from error
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+        raise _unreadable(ws, error) from error
+
+
+def _unreadable(ws: Workspace, error: Exception) -> EclipseError:
+    return EclipseError(
+        f"the list of rejects is unreadable: {error}",
+        where=str(ws.rejected),
+        hint="move it away, and run `eclipse download --overwrite` if you need the rejects of the download again",
+    )
 
 
 def _text(value: str) -> str:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import EclipseError
 from .parquet_map import find_page, map_file, page_is_intact, page_values, will_need
 from .part import REEMBED, THUMBNAIL_BYTES, Part, PartMeta, PartWriter, part_name, part_schema, read_part
+from .tars import require_regular
 
 if TYPE_CHECKING:
     import polars
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from ..progress import Progress
 
 __all__ = ["PartMeta", "PartWriter", "Store", "part_name", "read_selection", "scan"]
+
+REFILTER = "run `eclipse filter --overwrite`"
+COMPARED_GROUPS = 8  # row groups of a selection whose uids are compared: all, up to some eight million rows
 
 
 class Store:
@@ -55,7 +60,7 @@ class Store:
         """
         if isinstance(paths, (str, Path)):
             named = Path(paths)
-            paths = [named] if named.is_file() else sorted(named.glob("part-*.parquet"))
+            paths = [named] if named.exists() and not named.is_dir() else sorted(named.glob("part-*.parquet"))
             if not paths:
                 raise EclipseError("no embedding parts", where=str(named), hint="run `eclipse embed` first")
         parts = sorted((read_part(path) for path in paths), key=lambda part: part.number)
@@ -313,20 +318,74 @@ def scan(path: Path | str) -> polars.LazyFrame:
 def read_selection(path: Path | str, store: Store) -> np.ndarray:
     """The rows of `store` that selection.parquet keeps, ascending: (n,) int64.
 
-    Reads its columns part (number), row and keep. Raises EclipseError if it does not judge every row exactly once.
+    Reads its columns part (number), row and keep; uid too, if it has one. Raises EclipseError if it does not judge
+    every row of this very cache exactly once.
     """
     try:
-        table = pq.read_table(path, columns=["part", "row", "keep"])
-    except (OSError, pa.ArrowException) as error:
-        raise EclipseError(f"no readable selection: {error}", where=str(path), hint="run `eclipse filter`") from error
-    rows = store.rows_of(table["part"].to_numpy(), table["row"].to_numpy())
+        require_regular(Path(path))
+        with pq.ParquetFile(path) as file:
+            table = _verdicts(file, path)
+            rows = _rows_judged(table, path, store)
+            _require_same_pairs(file, rows, path, store)
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+        raise EclipseError(f"no readable selection: {error}", where=str(path), hint=REFILTER) from error
+    return np.sort(rows[table["keep"].to_numpy()])
+
+
+def _verdicts(file: pq.ParquetFile, path: Path | str) -> pa.Table:
+    """Columns part, row and keep of a selection, of their types and without nulls."""
+    names = file.schema_arrow.names
+    if missing := [name for name in ("part", "row", "keep") if names.count(name) != 1]:
+        raise EclipseError(f"a selection needs one column {missing[0]}", where=str(path), hint=REFILTER)
+    table = file.read(columns=["part", "row", "keep"])
+    for name in ("part", "row", "keep"):
+        column = table[name]
+        fits = pa.types.is_boolean if name == "keep" else pa.types.is_integer
+        if not fits(column.type) or column.null_count:
+            found = f"{column.null_count} nulls" if fits(column.type) else str(column.type)
+            wanted = "true or false" if name == "keep" else "a number"
+            raise EclipseError(
+                f"column {name} of the selection holds {found}: every row needs {wanted}",
+                where=str(path),
+                hint=REFILTER,
+            )
+    return table
+
+
+def _rows_judged(table: pa.Table, path: Path | str, store: Store) -> np.ndarray:
+    """The rows of `store` that a selection names, in its order: each once."""
+    try:
+        rows = store.rows_of(table["part"].to_numpy(), table["row"].to_numpy())
+    except EclipseError as error:
+        raise EclipseError(
+            f"this selection is not of these embeddings: {error.what}", where=f"{path}; {error.where}", hint=REFILTER
+        ) from error
     judged = np.bincount(rows, minlength=len(store))
     if (judged != 1).any():
         part, row = store.part_of(np.flatnonzero(judged != 1)[:1])
         times = int(judged[judged != 1][0])
         where = f"{path}, {part_name(int(part[0]))} row {int(row[0])}"
-        raise EclipseError(f"a row is judged {times} times", where=where, hint="run `eclipse filter` again")
-    return np.sort(rows[table["keep"].to_numpy()])
+        raise EclipseError(f"a row is judged {times} times", where=where, hint=REFILTER)
+    return rows
+
+
+def _require_same_pairs(file: pq.ParquetFile, rows: np.ndarray, path: Path | str, store: Store) -> None:
+    """Raise EclipseError if the selection's uids are not those of the rows; `COMPARED_GROUPS` of a large one."""
+    if "uid" not in file.schema_arrow.names:
+        return
+    starts = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))])
+    some = np.linspace(0, file.num_row_groups - 1, min(file.num_row_groups, COMPARED_GROUPS)).round().astype(int)
+    for group in some.tolist():
+        uids = file.read_row_group(group, columns=["uid"])["uid"].cast(pa.string())
+        own = rows[starts[group] : starts[group + 1]]
+        same = pc.call_function("equal", [uids, store.column("uid", own)]).fill_null(False).to_numpy()
+        if not same.all():
+            part, row = store.part_of(own[~same][:1])
+            raise EclipseError(
+                "this selection is not of these embeddings: it names other pairs",
+                where=f"{path}, {part_name(int(part[0]))} row {int(row[0])}",
+                hint=REFILTER,
+            )
 
 
 def _require_agreement(parts: Sequence[Part], encoder: str | None) -> None:
@@ -348,7 +407,10 @@ def _ascending_order(rows: np.ndarray) -> np.ndarray | None:
 
 
 def _read_column(part: Part, name: str) -> pa.ChunkedArray:
-    return pq.read_table(part.path, columns=[name]).column(0)
+    try:
+        return pq.read_table(part.path, columns=[name], page_checksum_verification=True).column(0)
+    except (OSError, pa.ArrowException) as error:
+        raise EclipseError(f"column {name}: {error}", where=str(part.path), hint=REEMBED) from error
 
 
 def _damaged_columns(part: Part) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -38,7 +37,7 @@ class Damage:
 def require_regular(path: Path) -> None:
     """Raise OSError for what is no regular file: opening a named pipe would wait forever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError("not a regular file")
 
 
 def members(path: Path) -> Iterator[Member | Damage]:

@@ -54,7 +54,7 @@ class UrlList:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
                 hint = "the card's source.urls names it, relative to the workspace"
-                raise UsageError(f"cannot read the URL list: {error.strerror}", where=str(path), hint=hint) from error
+                raise UsageError(f"cannot read the URL list: {_why(error)}", where=str(path), hint=hint) from error
         return total.hexdigest()
 
     def rows(self) -> Iterator[UrlRow | Reject]:
@@ -71,7 +71,7 @@ class UrlList:
                         yield _row(number, _text(url), _text(caption))
                         number += 1
             except OSError as error:
-                raise UsageError(f"cannot read the URL list: {error.strerror or error}", where=str(path)) from error
+                raise UsageError(f"cannot read the URL list: {_why(error)}", where=str(path)) from error
             except (pa.ArrowException, ValueError, KeyError) as error:
                 raise EclipseError(
                     f"cannot read the URL list: {error}",
@@ -81,21 +81,21 @@ class UrlList:
             yield from broken
 
     def _columns(self, path: Path, broken: list[Reject]) -> Iterator[tuple[list[Any], list[Any]]]:
-        """URLs and captions in blocks, read as the kind of file that the name tells; lines that are no row: `broken`."""
-        require_regular(path)
+        """Blocks of URLs and captions, read as the kind of file that the name tells; adds to `broken`."""
         wanted = [self.url_column, self.caption_column]
         kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+        if kind not in ("parquet", "csv", "tsv", "jsonl", "ndjson"):
+            raise UsageError("unknown kind of URL list", where=str(path), hint="use .parquet, .csv, .tsv or .jsonl")
+        require_regular(path)
         if kind in ("jsonl", "ndjson"):
             yield from _json_columns(path, wanted, broken)
             return
         if kind == "parquet":
             reader: Any = pq.ParquetFile(path)
             schema = reader.schema_arrow
-        elif kind in ("csv", "tsv"):
+        else:
             reader = _open_csv(path, wanted, broken, tabs=kind == "tsv")
             schema = reader.schema
-        else:
-            raise UsageError("unknown kind of URL list", where=str(path), hint="use .parquet, .csv, .tsv or .jsonl")
         with reader:
             _require_columns(path, wanted, schema.names)
             _require_text(path, wanted, schema)
@@ -186,6 +186,10 @@ def _open_csv(path: Path, wanted: list[str], broken: list[Reject], *, tabs: bool
             column_types=dict.fromkeys(wanted, pa.binary()), strings_can_be_null=False, check_utf8=False
         ),
     )
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _text(value: Any) -> str:

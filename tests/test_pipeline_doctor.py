@@ -9,7 +9,9 @@ import pytest
 from eclipse.cli import app
 from eclipse.pipeline.doctor import TextTower, examine, size_text, text_tower
 from eclipse.progress import Progress
+from shards import make_workspace
 from synthetic_cache import Maker, write
+from tiny_clip import make_clip
 from typer.testing import CliRunner
 
 
@@ -81,3 +83,19 @@ def test_damaged_features_are_named_and_fail_the_command(elsewhere: Path):
     assert result.exit_code == 1
     damage = found(json.loads(result.stdout), "workspace")["stored features"]
     assert damage["state"] == "broken" and "part-00000.parquet" in damage["found"]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "config"])
+def test_damaged_weights_of_the_encoder_fail_the_command(elsewhere: Path, kind: str):
+    ws = make_workspace(elsewhere / "ws", make_clip(elsewhere / "clip"))
+    assert found(look(root=ws.root), "card test")["encoder"]["state"] == "ok"
+    file = elsewhere / "clip" / "open_clip_model.safetensors"
+    if kind == "config":
+        file = file.with_name("open_clip_config.json")
+        file.write_text("[]")
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if kind == "truncated" else b"garbage" * 1000)
+    result = CliRunner().invoke(app, ["doctor", "-w", str(ws.root), "--json"])
+    assert result.exit_code == 1
+    line = found(json.loads(result.stdout), "card test")["encoder"]
+    assert line["state"] == "broken" and line["found"] == str(file) and "card" in line["to_do"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from eclipse.errors import EclipseError, UsageError
 from eclipse.pipeline.encoder import PRESETS, Encoder, wants_quick_gelu
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_clip import TINY, make_clip
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -257,3 +259,46 @@ def test_towers_that_cannot_feed_a_prior_are_refused(tmp_path) -> None:
     (tmp_path / "broken").mkdir()
     with pytest.raises(EclipseError, match="cannot load the encoder"):
         Encoder.load(f"local-dir:{tmp_path / 'broken'}")
+
+
+def damage(folder: Path, kind: str) -> Path:
+    """Break a model directory in one way; returns the file that is to be named."""
+    config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "garbage":
+        weights.write_bytes(b"garbage" * 1000)
+    elif kind == "pipe":
+        weights.unlink()
+        os.mkfifo(weights)
+    elif kind == "no config":
+        config.unlink()
+    else:
+        config.write_text(kind)
+    return config if kind == "no config" or kind[0] in "[{" else weights
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["[]", "{}", '{"model_cfg": {"text_cfg": []}}', "no config", "no weights", "truncated", "garbage", "pipe"],
+)
+def test_a_damaged_directory_is_named_with_the_way_out(tmp_path: Path, kind: str) -> None:
+    name = make_clip(tmp_path / "clip")
+    Encoder.load(name)
+    file = damage(tmp_path / "clip", kind)
+    with pytest.raises(EclipseError, match="cannot load the encoder") as error:
+        Encoder.load(name)
+    assert error.value.where == str(file) and "encoder.model in the card" in str(error.value.hint)
+
+
+def test_weights_under_open_clips_other_names_load(tmp_path: Path, encoder: Encoder) -> None:
+    name = make_clip(tmp_path / "clip")
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    weights.rename(weights.with_name("mine.safetensors"))
+    assert Encoder.load(name).fingerprint == encoder.fingerprint
+    state = load_file(weights.with_name("mine.safetensors"))
+    torch.save(state, weights.with_name("open_clip_pytorch_model.bin"))
+    weights.with_name("mine.safetensors").write_bytes(b"not what is loaded")
+    assert Encoder.load(name).fingerprint == encoder.fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -120,6 +121,13 @@ def test_wrong_files_are_explained(tmp_path: Path, head: Path) -> None:
         load_head("aesthetic", str(head), 768)
     with pytest.raises(UsageError, match="no such aesthetic head"):
         load_head("aesthetic", str(tmp_path / "none.pth"), 32)
+    for shape in ((), (32,), (2, 32)):
+        torch.save({"weight": torch.zeros(shape), "bias": torch.zeros(1)}, head)
+        with pytest.raises(EclipseError, match="not a linear aesthetic head"):
+            load_head("aesthetic", str(head), 32)
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(EclipseError, match="not a regular file"):
+        load_head("aesthetic", str(tmp_path / "pipe.pth"), 32)
     head.write_bytes(b"junk")
     with pytest.raises(EclipseError, match="not a linear aesthetic head"):
         load_head("aesthetic", str(head), 32)

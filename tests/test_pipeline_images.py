@@ -290,3 +290,21 @@ def huge_size(rng: np.random.Generator) -> bytes:
     """Eight gigabytes in octal, nearly 2^88 bytes or a negative number in base 256."""
     sizes = (b"77777777777\0", b"\x80" + b"\x7f" * 11, b"\xff" * 11 + bytes([int(rng.integers(256))]))
     return sizes[int(rng.integers(3))]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"key": [5], "url": [1], "caption": [None], "status": ["success"]},
+        {"key": [None], "url": [""], "caption": [""], "status": ["success"]},
+        {"key": [[1]], "url": [""], "caption": [""], "status": ["success"]},
+        {"key": pa.array([b"\xff"]).view(pa.string()), "url": [""], "caption": [""], "status": ["success"]},
+    ],
+)
+def test_any_parquet_may_lie_beside_a_tar_and_any_url_in_its_json(tmp_path: Path, table: dict):
+    meta = json.dumps({"url": "http://a.org/\ud800"}).encode()
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), ("a.txt", b"a cat"), ("a.json", meta)])
+    pq.write_table(pa.table(table), path.with_suffix(".parquet"))
+    sample, *lost = read_shard(path)
+    assert isinstance(sample, Sample) and sample.url == "http://a.org/?"
+    assert lost == ([Reject("0", "5", "lost_from_tar", "1", "")] if table["key"] == [5] else [])

@@ -26,6 +26,16 @@ def test_shards_are_numbered_by_name_or_else_by_order(tmp_path: Path) -> None:
     assert list(numbered_shards(tmp_path)) == [0, 1, 2]
 
 
+def test_a_number_that_no_part_can_have_is_named(tmp_path: Path) -> None:
+    for name in ("00003.tar", "2147483647.tar"):
+        (tmp_path / name).touch()
+    assert list(numbered_shards(tmp_path)) == [3, 2**31 - 1]
+    (tmp_path / "99999999999.tar").touch()
+    with pytest.raises(EclipseError, match="beyond 2,147,483,647") as error:
+        numbered_shards(tmp_path)
+    assert "99999999999.tar" in str(error.value)
+
+
 def test_files_are_found_by_key(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for name in ("a/x.json", "a/x.jpg", "b/x.JPG", "y.seg.png", "y.png"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from eclipse.errors import EclipseError
 from eclipse.pipeline.card import Card
@@ -51,3 +54,30 @@ def test_an_error_leaves_the_old_file_and_damage_is_named(ws: Workspace):
     ws.rejected.write_bytes(b"PAR1")
     with pytest.raises(EclipseError, match="unreadable"):
         write_rejected(ws, "embed", [])
+
+
+def test_an_unreadable_file_is_named_and_a_download_replaces_it(ws: Workspace):
+    for content in (b"PAR1", b"", None):
+        if content is None:
+            pq.write_table(pa.table({"stage": ["download"], "other": [1]}), ws.rejected)
+        else:
+            ws.rejected.write_bytes(content)
+        for use in (lambda: read_rejected(ws), lambda: write_rejected(ws, "embed", [])):
+            with pytest.raises(EclipseError, match="list of rejects is unreadable") as error:
+                use()
+            assert str(ws.rejected) in str(error.value) and "download --overwrite" in str(error.value)
+        write_rejected(ws, "download", [Reject("", "row 0", "empty_url")])
+        assert stages(ws) == ["download"]
+
+
+def test_what_is_no_file_is_refused(ws: Workspace):
+    for make in (os.mkdir, os.mkfifo):
+        make(ws.rejected)
+        with pytest.raises(EclipseError, match="list of rejects is unreadable"):
+            read_rejected(ws)
+        with pytest.raises(EclipseError, match="list of rejects is unreadable"):
+            write_rejected(ws, "embed", [])
+        if ws.rejected.is_dir():
+            with pytest.raises(EclipseError, match="list of rejects is unreadable"):
+                write_rejected(ws, "download", [])
+            ws.rejected.rmdir()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -152,6 +154,93 @@ def test_selection_is_a_list_of_rows(cache: tuple[Path, Rows], tmp_path: Path) -
         read_selection(path, store)
 
 
+def selection_of(store: Store, **changes: Any) -> pa.Table:
+    part, row = store.part_of(np.arange(len(store)))
+    columns = {"part": part, "row": row, "uid": store.column("uid"), "keep": [True] * len(store)}
+    return pa.table({**columns, **changes})
+
+
+N = sum(SIZES.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": [None] + [True] * (N - 1)}, "column keep of the selection holds 1 nulls: every row needs true or"),
+        ({"keep": ["yes"] * N}, "column keep of the selection holds string"),
+        ({"keep": [1] * N}, "column keep of the selection holds int64"),
+        ({"row": [None] * N}, "column row of the selection holds null"),
+        ({"row": [None, *range(1, N)]}, "column row of the selection holds 1 nulls"),
+        ({"row": ["0"] * N}, "column row of the selection holds string"),
+        ({"part": ["0"] * N}, "column part of the selection holds string"),
+        ({"part": [0.5] * N}, "column part of the selection holds double"),
+        ({"row": [1000] * N}, "not of these embeddings: 150 rows, but row 1000 is asked for"),
+        ({"row": [-1] * N}, "not of these embeddings: 150 rows, but row -1 is asked for"),
+        ({"part": [1] * N}, "not of these embeddings: there is no part-00001.parquet"),
+        ({"uid": ["0" * 64] * N}, "not of these embeddings: it names other pairs"),
+        ({"uid": [None] * N}, "not of these embeddings: it names other pairs"),
+        ({"uid": [[0]] * N}, "no readable selection"),
+    ],
+)
+def test_a_selection_that_does_not_fit_is_refused(
+    cache: tuple[Path, Rows], tmp_path: Path, changes: dict, message: str
+) -> None:
+    store, path = Store.open(cache[0]), tmp_path / "selection.parquet"
+    pq.write_table(selection_of(store), path, row_group_size=100)
+    assert read_selection(path, store).tolist() == list(range(N))
+    pq.write_table(selection_of(store, **changes), path, row_group_size=100)
+    with pytest.raises(EclipseError, match=message) as error:
+        read_selection(path, store)
+    assert str(path) in str(error.value) and "eclipse filter --overwrite" in str(error.value)
+
+
+def test_one_foreign_pair_in_a_selection_is_named(cache: tuple[Path, Rows], tmp_path: Path) -> None:
+    store, path = Store.open(cache[0]), tmp_path / "selection.parquet"
+    uids = store.column("uid").to_pylist()
+    uids[200] = "0" * 64
+    pq.write_table(selection_of(store, uid=uids), path, row_group_size=100)
+    with pytest.raises(EclipseError, match="names other pairs") as error:
+        read_selection(path, store)
+    assert "part-00003.parquet row 49" in str(error.value)
+
+
+def test_what_is_no_file_is_refused_at_once(copy: Path, tmp_path: Path) -> None:
+    store, pipe, folder = Store.open(copy), tmp_path / "pipe.parquet", tmp_path / "folder.parquet"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path in (pipe, folder):
+        with pytest.raises(EclipseError, match="not a regular file"):
+            read_selection(path, store)
+    part = copy / part_name(3)
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(EclipseError, match="not a regular file") as error:
+        Store.open(copy)
+    assert str(part) in str(error.value)
+    with pytest.raises(EclipseError, match="not a regular file"):
+        Store.open(part)
+
+
+def test_a_damaged_column_is_named_when_it_is_read(copy: Path) -> None:
+    store = Store.open(copy)
+    chunk = store.parts[0].groups[0].chunks["caption"]
+    flip(store.parts[0].path, chunk.offset + chunk.size - 1)
+    with pytest.raises(EclipseError, match="column caption") as error:
+        store.column("caption")
+    assert "part-00000.parquet" in str(error.value)
+    store.column("key")
+
+
+@pytest.mark.parametrize("change", [{"embedding_dim": "24"}, {"text_width": 0}, {"encoder": []}, {"text_states": 1}])
+def test_a_part_with_a_senseless_description_is_refused(tmp_path: Path, change: dict) -> None:
+    path = tmp_path / part_name(0)
+    write_cache(tmp_path, {0: 10})
+    record = json.loads(pq.read_metadata(path).metadata[b"eclipse"]) | change
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"eclipse": json.dumps(record)}), path)
+    with pytest.raises(EclipseError, match="not an embedding part of eclipse"):
+        Store.open(tmp_path)
+
+
 def test_reading_ahead_changes_nothing(cache: tuple[Path, Rows]) -> None:
     store, truth = Store.open(cache[0]), cache[1]
     rows = np.unique(some_rows()[1])
@@ -235,6 +324,20 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     with pytest.raises(EclipseError, match="part format 2") as error:
         Store.open(tmp_path)
     assert "update eclipse" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [b"thumbnaiL", b"thumbnai\xff"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_damaged_name_in_the_footer_is_one_message(copy: Path, name: bytes, everywhere: bool) -> None:
+    path = copy / part_name(0)
+    content = path.read_bytes()
+    at = content.rindex(b"thumbnail")
+    path.write_bytes(
+        content.replace(b"thumbnail", name) if everywhere else content[:at] + name + content[at + len(name) :]
+    )
+    with pytest.raises(EclipseError) as error:
+        Store.open(copy)
+    assert error.value.where == str(path) and "eclipse embed" in str(error.value.hint)
 
 
 def test_verify_names_every_damaged_file_and_column(copy: Path) -> None:

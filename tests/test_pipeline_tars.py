@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from eclipse.errors import EclipseError
+from eclipse.pipeline.fates import content_of
+from eclipse.pipeline.images import read_shard
+from eclipse.pipeline.pictures import picture_files
 from eclipse.pipeline.tars import Member, members
 
 NAMES = ["00000.jpg", "00000.txt", "dir/übung.jpg", "a" * 99, "b" * 100, "c" * 140 + "/" + "d" * 90, "e" * 300, "empty"]
@@ -35,3 +40,15 @@ def test_every_format_reads_like_tarfile(tmp_path: Path, format: int, mtime: flo
     found = list(members(path))
     assert [(m.name, m.data) for m in found if isinstance(m, Member)] == expected
     assert len(found) == len(expected)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        list(members(path))
+    with pytest.raises(EclipseError, match="cannot read the image shard: not a regular file"):
+        list(read_shard(path))
+    with pytest.raises(EclipseError, match="cannot read the image shard: not a regular file"):
+        content_of(path)
+    assert list(picture_files(tmp_path, [(0, "x")])) == []

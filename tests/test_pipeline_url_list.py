@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from eclipse.errors import EclipseError, UsageError
+from eclipse.pipeline import url_list
 from eclipse.pipeline.rejected import Reject
 from eclipse.pipeline.url_list import UrlList, UrlRow
 
@@ -88,6 +91,79 @@ def test_what_is_wrong_with_a_list_is_said(tmp_path: Path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(EclipseError, match="cannot read the URL list"):
         list(UrlList((tmp_path / "broken.parquet",)).rows())
-    (tmp_path / "broken.jsonl").write_text('{"url": "http://a.org/1", "caption": "one"}\n{"url": \n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"url": "http://a.org/1", "caption": "one"}\n')[:-12])
+    with pytest.raises(UsageError, match="cannot read the URL list"):
+        list(UrlList((tmp_path / "cut.jsonl.gz",)).rows())
+    (tmp_path / "other.jsonl").write_text('\n{"link": "http://a.org/1", "caption": "one"}\n')
+    with pytest.raises(UsageError, match="no column url; it has: link, caption"):
+        list(UrlList((tmp_path / "other.jsonl",)).rows())
+    (tmp_path / "header.csv").write_bytes(b"url,caption,l\xe4nge\nhttp://a.org/1,one,3\n")
     with pytest.raises(EclipseError, match="cannot read the URL list"):
-        list(UrlList((tmp_path / "broken.jsonl",)).rows())
+        list(UrlList((tmp_path / "header.csv",)).rows())
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_in_parquet_may_be_any_bytes(tmp_path: Path, kind: pa.DataType):
+    captions = pa.array([b"dr\xfci", b"two"]).view(pa.string()).cast(pa.string())
+    urls = pa.array([b"http://a.org/\xfc", b"http://a.org/2"]).view(pa.string())
+    path = tmp_path / "list.parquet"
+    table = pa.table({"url": urls, "caption": captions})
+    if kind != pa.string():
+        table = table.cast(pa.schema([("url", kind), ("caption", kind)]), safe=False)
+    pq.write_table(table, path)
+    rows = list(UrlList((path,)).rows())
+    assert rows == [UrlRow(0, "http://a.org/\ufffd", "dr\ufffdi"), UrlRow(1, "http://a.org/2", "two")]
+
+
+def test_a_bad_line_of_json_is_set_aside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(url_list, "LINE_LIMIT", 200)
+    monkeypatch.setattr(url_list, "BATCH", 3)
+    lines = [
+        b'\xef\xbb\xbf{"url": "http://a.org/0", "caption": "2020-01-01"}',
+        b'{"url": \n',
+        b'{"url": "http://a.org/1", "caption": 7, "more": [1]}',
+        b"[1, 2]",
+        b'{"url": "http://a.org/2", "caption": "dr\xfci \\ud800"}',
+        b"{" + b"x" * 1000,
+        b"[" * 190,
+        b'{"caption": "no url"}',
+        b'{"url": "http://a.org/4", "caption": null}',
+        b'{"url": "http://a.org/5", "caption": "the last"}',
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    rows = list(UrlList((path,)).rows())
+    assert [row for row in rows if isinstance(row, UrlRow)] == [
+        UrlRow(0, "http://a.org/0", "2020-01-01"), UrlRow(1, "http://a.org/1", "7"),
+        UrlRow(2, "http://a.org/2", "dr\ufffdi ?"), UrlRow(5, "http://a.org/5", "the last"),
+    ]  # fmt: skip
+    rejects = [row for row in rows if isinstance(row, Reject)]
+    malformed = [(f"line {number}", "malformed_row") for number in (2, 5, 7, 8)]
+    assert [(row.key, row.reason) for row in rejects] == [("row 3", "empty_url"), ("row 4", "no_caption"), *malformed]
+    assert rejects[2].caption == '{"url": \n' and len(rejects[4].caption) <= 200
+
+
+def test_columns_that_cannot_be_meant_are_refused(tmp_path: Path):
+    twice = tmp_path / "twice.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=["url", "url", "caption"]), twice)
+    (tmp_path / "twice.csv").write_text("url,url,caption\na,b,c\n")
+    for path in (twice, tmp_path / "twice.csv"):
+        with pytest.raises(UsageError, match="2 columns url"):
+            list(UrlList((path,)).rows())
+    for values, kind in (([[1]], "list"), ([datetime(2020, 1, 1)], "timestamp")):
+        path = tmp_path / "odd.parquet"
+        pq.write_table(pa.table({"url": ["http://a.org/1"], "caption": values}), path)
+        with pytest.raises(UsageError, match=f"column caption holds {kind}.*not text"):
+            list(UrlList((path,)).rows())
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list.tsv", "list.jsonl"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str):
+    path = tmp_path / name
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        for read in (UrlList((path,)).digest, lambda: list(UrlList((path,)).rows())):
+            with pytest.raises(UsageError, match="cannot read the URL list: not a regular file") as error:
+                read()
+            assert str(path) in str(error.value)
+        path.unlink() if path.is_fifo() else path.rmdir()

@@ -18,8 +18,12 @@ from torch import Tensor
 
 from ..errors import EclipseError
 from ..pipeline.workspace import TEMPORARY_PREFIX, atomic_path, write_json
+from .guard import Guard
 
 STATE = "state.json"
+# What a run saves and cannot go on without: see `Run.save` in setup.py.
+NEEDED_STATE = {"fingerprint": str, "rows": str, "guard": dict, "best": (dict, type(None))}
+NEEDED_TENSORS = ("prior", "average", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if _checksum(path / name) != checksum:
                 raise EclipseError(f"checksum of {name} does not match", where=str(path))
         tensors = {Path(name).stem: load_file(path / name) for name in record["checksums"]}
+        _require_complete(record, tensors)
         return Checkpoint(record["step"], record["state"], tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise EclipseError(f"{type(error).__name__}: {error}", where=str(path)) from error
+
+
+def _require_complete(record: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Raise ValueError where state.json is JSON of another shape: nothing else watches over this file."""
+    if type(record["step"]) is not int or record["step"] < 0:
+        raise ValueError(f"{STATE} names no step")
+    for name, kind in NEEDED_STATE.items():
+        if not isinstance(record["state"][name], kind):
+            raise ValueError(f"{STATE} has no usable {name}")
+    Guard(**record["state"]["guard"])
+    if missing := [name for name in NEEDED_TENSORS if name not in tensors]:
+        raise ValueError(f"{STATE} does not name {missing[0]}.safetensors")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -73,12 +73,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that a killed process left torn."""
+    """The lines of a metrics.jsonl, without those that a killed process or a bad disk left damaged."""
     lines = []
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, RecursionError):
+                if _is_line(record := json.loads(line)):
+                    lines.append(record)
     return lines
+
+
+def _is_line(record: Any) -> bool:
+    """Whether this is what `MetricsLog.add` writes: a step, a kind, and numbers or nulls."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
+        return False
+    return all(value is None or type(value) in (int, float) for name, value in record.items() if name != "kind")
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
