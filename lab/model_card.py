@@ -119,7 +119,12 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
     }
     write_json(models / "figures.json", figures)
-    recipes = {"first": build_unet.FIRST, "further": build_unet.FURTHER, "wide": build_unet.WIDE, "crowded": build_unet.CROWDED}
+    recipes = {
+        "first": build_unet.FIRST,
+        "further": build_unet.FURTHER,
+        "wide": build_unet.WIDE,
+        "crowded": build_unet.CROWDED,
+    }
     template = Path(__file__).parent / "templates" / "model_card.md.j2"
     text = Template(template.read_text(encoding="utf-8"), trim_blocks=True).render(
         figures,

@@ -134,11 +134,7 @@ class Trial:
             fingerprint=fingerprint,
             validation_rows=self.card.evaluate.rows,
         )
-        threads = torch.get_num_threads()
-        try:
-            summary = work(job, count_gpus(None) == 0, self.progress.quiet, self.progress)
-        finally:
-            torch.set_num_threads(threads)  # training a small prior leaves one, and sampling wants all
+        summary = work(job, count_gpus(None) == 0, self.progress.quiet, self.progress)
         write_json(folder / "summary.json", {"shuffled": arm.shuffled, **summary})
         return folder / "final"
 
