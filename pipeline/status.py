@@ -14,7 +14,8 @@ PARTIAL = {"download": ("images", "*.tar", "shards"), "embed": ("embeddings", "p
 def gather(ws: Workspace) -> dict[str, Any]:
     """JSON-ready: workspace, card, holder (who is at work, or None), stages, and the command that is next (or None).
 
-    A stage is `complete`; `changed` if the card's settings behind it are other ones now; `begun`; or `waiting`.
+    A stage is `complete`; `damaged` if a file it left is gone or of another size; `changed` if the card's settings
+    behind it are other ones now; `begun`; or `waiting`.
     """
     stages = [_stage_row(ws, stage) for stage in STAGES]
     open_stages = [row["stage"] for row in stages if row["state"] != "complete"]
@@ -45,6 +46,8 @@ def _stage_row(ws: Workspace, stage: str) -> dict[str, Any]:
     now = ws.card.model_dump(mode="json", by_alias=True)
     if changes := differences(before, now, STAGE_SECTIONS[stage]):
         row.update(state="changed", changes=changes, counts="; ".join(changes[:3]))
+    elif damage := ws.damage(stage):
+        row.update(state="damaged", counts=damage)
     return row
 
 

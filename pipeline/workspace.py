@@ -165,7 +165,7 @@ class Workspace:
         """
         state = self.state(stage)
         if state is not None and state.fingerprint == fingerprint:
-            return {**state.summary, "already_complete": True} if self._damaged(state) is None else None
+            return {**state.summary, "already_complete": True} if self.damage(stage) is None else None
         if state is not None:
             raise self._changed(stage, state.card, "finished")
         begun = self.begun(stage)
@@ -173,13 +173,23 @@ class Workspace:
             raise self._changed(stage, begun["card"], "began")
         return None
 
+    def damage(self, stage: str) -> str | None:
+        """Which file that a finished stage left is gone or of another size; None if there is none such."""
+        state = self.state(stage)
+        for name, size in state.files.items() if state else ():
+            path = self.root / name
+            if not path.is_file():
+                return f"{path} is gone"
+            if path.stat().st_size != size:
+                return f"{path} is of another size"
+        return None
+
     def require_intact(self, stage: str) -> None:
         """Raise EclipseError if `stage` finished and a file it left is gone or of another size."""
-        state = self.state(stage)
-        if state is not None and (damaged := self._damaged(state)) is not None:
+        if (damage := self.damage(stage)) is not None:
             raise EclipseError(
                 f"what `eclipse {stage}` made is no longer whole",
-                where=f"{damaged} is {'of another size' if damaged.exists() else 'gone'}",
+                where=damage,
                 hint=f"run `eclipse {stage}`: it mends what is missing",
             )
 
@@ -259,13 +269,6 @@ class Workspace:
         """The files that `stage` has made."""
         return [path for path in sorted(self.root.glob(OUTPUTS[stage])) if path.is_file()]
 
-    def _damaged(self, state: StageState) -> Path | None:
-        """The first file that a finished stage left and that is gone or of another size."""
-        for name, size in state.files.items():
-            path = self.root / name
-            if not path.is_file() or path.stat().st_size != size:
-                return path
-        return None
 
     def _begun_path(self, stage: str) -> Path:
         return self.logs / "state" / f"{stage}.begun.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from eclipse.pipeline.card import Card
+from eclipse.pipeline.card import STAGE_SECTIONS, Card
 from eclipse.pipeline.status import gather
 from eclipse.pipeline.workspace import Workspace
 
@@ -54,3 +54,16 @@ def test_looking_leaves_no_trace(ws: Workspace):
     before = sorted(ws.root.rglob("*"))
     gather(ws)
     assert sorted(ws.root.rglob("*")) == before
+
+
+def test_a_missing_part_is_shown_and_what_mends_it(tmp_path: Path):
+    ws = Workspace.create(tmp_path / "ws", Card.load("shapes"))
+    ws.embeddings.mkdir()
+    part = ws.embeddings / "part-00000.parquet"
+    part.write_bytes(b"rows")
+    for stage in ("download", "embed"):
+        ws.finish(stage, ws.card.fingerprint(*STAGE_SECTIONS[stage]), {"rows": 1})
+    part.unlink()
+    found = gather(ws)
+    assert [row["state"] for row in found["stages"][:2]] == ["complete", "damaged"]
+    assert str(part) in found["stages"][1]["counts"] and found["next"] == "eclipse embed"

@@ -74,6 +74,8 @@ def test_save_and_load_the_published_format(tmp_path: Path) -> None:
     torch.manual_seed(0)
     prior = Prior(TINY)
     save_prior(prior, tmp_path / "prior")
+    modes = {path.stat().st_mode for path in (tmp_path / "prior").iterdir()}
+    assert len(modes) == 1, "weights are readable by whoever may read the config"
     assert {p.name for p in (tmp_path / "prior").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert json.loads((tmp_path / "prior" / "config.json").read_text()) == {
         "_class_name": "PriorTransformer",
@@ -153,3 +155,17 @@ def test_sample_noise_follows_the_seeds() -> None:
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
     assert torch.equal(sample(prior, pooled, text, seed=1), sample(prior, pooled, text, seed=1))
     assert not torch.equal(sample(prior, pooled, text, seed=1), sample(prior, pooled, text, seed=2))
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
+    prior = Prior(TINY)
+    save_prior(prior, tmp_path / "good")
+    with torch.no_grad():
+        prior.proj_in.weight[0, 0] = float("nan")
+    with pytest.raises(EclipseError, match=r"proj_in\.weight holds numbers that are not finite"):
+        save_prior(prior, tmp_path / "bad")
+    assert not (tmp_path / "bad" / "config.json").exists()
+    file = tmp_path / "good" / "diffusion_pytorch_model.safetensors"
+    save_file({name: x.contiguous() for name, x in prior.state_dict().items()}, file)
+    with pytest.raises(EclipseError, match="not finite"):
+        load_prior(tmp_path / "good")

@@ -99,6 +99,8 @@ def save_prior(prior: Prior | DiffusionPrior, directory: Path | str) -> None:
     with atomic_path(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(directory / CONFIG, dict(sorted({**header, **FIXED, **dimensions}.items())))
+    # safetensors makes files that only their owner may read: these are for whoever may read the config.
+    (directory / WEIGHTS).chmod((directory / CONFIG).stat().st_mode)
 
 
 def load_prior(dir_or_hub_id: Path | str, device: torch.device | str = "cpu") -> Prior | DiffusionPrior:
