@@ -97,7 +97,8 @@ def show_summary(summary: dict[str, Any], *, title: str) -> None:
         elif value and all(isinstance(inner, dict) for inner in value.values()):
             _show_grid(key, value)
         else:
-            print(f"  {key.replace('_', ' ')}: " + ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items()))
+            pairs = ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+            print(f"  {key.replace('_', ' ')}: {pairs or 'none'}")
 
 
 def _show_grid(key: str, grid: dict[str, dict[str, Any]]) -> None:
