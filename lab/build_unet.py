@@ -196,13 +196,14 @@ def pack(folder: Path, models: Path) -> None:
 
 
 @torch.inference_mode()
-def _cached(path: Path, pictures: Pictures, of: Callable[[np.ndarray], Tensor]) -> Tensor:
-    """`of` uint8 pictures (B, 64, 64, 3), for all pictures, in float16; computed once and kept in `path`."""
+def _cached(path: Path, count: int, block: int, of: Callable[[int, int], Tensor]) -> Tensor:
+    """`of(start, stop)` for blocks of 0..count−1, in float16, end to end; computed once and kept in `path`."""
     if not path.exists():
         parts = []
-        for start in range(0, pictures.count, 250):
-            parts.append(of(pictures.pixels[start : start + 250]).half())
-            print(f"{path.stem} {start + len(parts[-1])}/{pictures.count}", end="\r", flush=True)
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            parts.append(of(start, stop).half())
+            print(f"{path.stem} {stop}/{count}", end="\r", flush=True)
         with atomic_path(path) as beside:
             save_file({"rows": torch.cat(parts).contiguous()}, beside)
     return load_file(path)["rows"]
@@ -210,29 +211,28 @@ def _cached(path: Path, pictures: Pictures, of: Callable[[np.ndarray], Tensor]) 
 
 def embeddings_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
     """Raw image embeddings (N, 128) float16 of all pictures."""
-    return _cached(folder / "embeddings.safetensors", pictures, encoder.encode_images)
+
+    def embed(start: int, stop: int) -> Tensor:
+        return encoder.encode_images(pictures.pixels[start:stop])
+
+    return _cached(folder / "embeddings.safetensors", pictures.count, 250, embed)
 
 
-@torch.inference_mode()
 def retold_of(folder: Path, pictures: Pictures, encoder: Encoder) -> Tensor:
     """Raw image embeddings (N/2, RETOLD, 128) float16: of other scenes that one caption of picture i tells as well.
 
-    Made for the first half of the pictures, computed once.
+    Made for the first half of the pictures.
     """
-    path = folder / "retold.safetensors"
-    if not path.exists():
-        parts = []
-        for start in range(0, pictures.count // 2, 32):
-            scenes = [pictures.scene(i) for i in range(start, min(start + 32, pictures.count // 2))]
-            told = [
-                _retell(pictures.world, scene, np.random.default_rng([26, start, i])) for i, scene in enumerate(scenes)
-            ]
-            embedded = encoder.encode_images(draw([scene for alike in told for scene in alike]))
-            parts.append(embedded.half().unflatten(0, (len(scenes), RETOLD)))
-            print(f"retold {start + len(scenes)}/{pictures.count // 2}", end="\r", flush=True)
-        with atomic_path(path) as beside:
-            save_file({"rows": torch.cat(parts)}, beside)
-    return load_file(path)["rows"]
+
+    def embed(start: int, stop: int) -> Tensor:
+        told = [
+            _retell(pictures.world, pictures.scene(i), np.random.default_rng([26, start, i - start]))
+            for i in range(start, stop)
+        ]
+        embedded = encoder.encode_images(draw([scene for alike in told for scene in alike]))
+        return embedded.unflatten(0, (len(told), RETOLD))
+
+    return _cached(folder / "retold.safetensors", pictures.count // 2, 32, embed)
 
 
 def _retell(world: World, scene: Scene, rng: np.random.Generator) -> list[Scene]:
@@ -244,4 +244,8 @@ def _retell(world: World, scene: Scene, rng: np.random.Generator) -> list[Scene]
 
 def latents_of(folder: Path, pictures: Pictures, movq: VQModel) -> Tensor:
     """Unquantised latents (N, 4, 16, 16) float16 of all pictures."""
-    return _cached(folder / "latents.safetensors", pictures, lambda pixels: encode(movq, as_floats(pixels)))
+
+    def encoded(start: int, stop: int) -> Tensor:
+        return encode(movq, as_floats(pictures.pixels[start:stop]))
+
+    return _cached(folder / "latents.safetensors", pictures.count, 250, encoded)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..decode.conditioning import encode_texts, pick_device, predict, unconditional
 from ..decode.job import TEXT_PRIOR
