@@ -33,7 +33,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Gpus = Annotated[
-    int | None, typer.Option("--gpus", min=0, metavar="N", help="GPUs to use; 0 for the CPU, all by default.")
+    int | None, typer.Option("--gpus", min=0, max=1024, metavar="N", help="GPUs to use; 0 for the CPU, all by default.")
 ]
 
 
@@ -85,7 +85,10 @@ def run(
 
 @app.command()
 def init(
-    card: Annotated[str, typer.Argument(metavar="CARD", help="Name or file of a data card.")],
+    card: Annotated[
+        str,
+        typer.Argument(metavar="CARD", help="Name or file of a data card; its source.urls are relative to the file."),
+    ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to make the workspace.")],
     as_json: Json = False,
     debug: Debug = False,
@@ -245,7 +248,9 @@ def train(
     card: Card = None,
     workspace: Root = None,
     gpus: Gpus = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, instead of the card's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=10**9, help="Optimizer steps, instead of the card's.")
+    ] = None,
     arm: Annotated[
         str | None, typer.Option("--arm", metavar="NAME", help="eclipse, or a baseline: projection, diffusion.")
     ] = None,
@@ -271,21 +276,30 @@ def train(
 @app.command()
 def render(
     prompts: Annotated[
-        Path | None, typer.Argument(metavar="[PROMPTS]", help="Text, CSV or JSONL file; the card's own by default.")
+        Path | None,
+        typer.Argument(
+            metavar="[PROMPTS]",
+            help='.txt, .jsonl, or .csv/.tsv with a column "Prompt"; a folder of .txt; default: the card\'s.',
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the pictures; renders/ by default.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of the pictures; one in the workspace's renders/ by default."
+        ),
     ] = None,
     layout: Annotated[
         str | None,
         typer.Option("--layout", metavar="NAME", help="flat, or of a scorer: geneval, t2i-compbench, dpg, hrs."),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Pictures a prompt.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the noise.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, max=10_000, help="Pictures a prompt.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the noise.")] = None,
     prior: Annotated[
         str | None, typer.Option("--prior", metavar="DIR|HUB-ID|text", help="Another prior; text: the raw embedding.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps of the decoder.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the decoder.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", min=0, help="Of the decoder.")] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="ddpm|ddim", help="Of the decoder.")] = None,
     blank_decoder_text: Annotated[
@@ -369,18 +383,22 @@ def export(
 @app.command()
 def lab(
     experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="world, separation, reduction or sweep.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of results and caches.")] = Path(
-        "eclipse-lab"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of results and caches, made where there is none.")
+    ] = Path("eclipse-lab"),
     held_out: Annotated[
         float | None, typer.Option("--held-out", min=0.05, max=0.8, help="Share of compositions kept from training.")
     ] = None,
-    pairs: Annotated[int | None, typer.Option("--pairs", min=100, help="Training pairs.")] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", min=100, max=100_000_000, help="Training pairs.")] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N,N,…", help="0,1,2 by default; 0 alone in the sweep.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps of every prior.")] = None,
-    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Prompts a category and split.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=10**9, help="Optimizer steps of every prior.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", min=1, max=10_000, help="Prompts a category and split.")
+    ] = None,
     card: Card = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -18,6 +18,10 @@ MAX_SHEET_PROMPTS = 24
 MAX_GALLERY_PICTURES = 4000
 EMBED_BYTES = 24 * 2**20  # pictures up to this sum travel inside the page, larger sets stay files beside it
 DOTS = " A dot says whether a checker, reading pixels, found all that was asked: green yes, red no."
+SCORE = (
+    " The table's figures are shares of pictures in which nothing asked is missing; `eclipse evaluate` gives the mean"
+    " share of what was asked, which is never lower."
+)
 TILE = 132  # pixels of one picture on the sheet
 RIGHT, WRONG, INK, FAINT, PAPER = "#2e9e5b", "#d4493f", "#1c2024", "#6b7480", "#ffffff"
 
@@ -81,7 +85,7 @@ def html_gallery(entries: Sequence[Entry], path: Path, *, title: str, settings: 
         "gallery.html.j2",
         folders=[Path(__file__).parent / "templates"],
         title=title,
-        lead="Each picture was made from its text alone." + (DOTS if judged else ""),
+        lead="Each picture was made from its text alone." + (DOTS + SCORE if judged else ""),
         footer=f"{left_out:,} more prompts are among the files." if left_out else "Click a picture to see it large.",
         settings=settings,
         entries=shown,

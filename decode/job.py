@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import EclipseError, UsageError
+from ..pipeline.card import MAX_DENOISING_STEPS, Scheduler, resolve
 from .layouts import DEFAULT_SAMPLES, Picture, plan
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 
 if TYPE_CHECKING:
+    from ..pipeline.card import DecoderSection
     from ..pipeline.workspace import Workspace
 
 SHAPES_PROMPTS_PER_CATEGORY = 4
 TEXT_PRIOR = "text"  # in place of a prior: the raw text embedding, the baseline every comparison needs
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -58,19 +63,25 @@ class Job:
 
 
 def plan_job(ws: Workspace, options: Options) -> Job:
-    """Fill in from the card what was left open. Raises what `read_prompts` and `plan` raise, and without a prior."""
+    """Fill in from the card what was left open, and check what can be checked without loading a model.
+
+    Raises:
+        UsageError: what `read_prompts` and `plan` raise; a setting that the decoder cannot work with; a prior or a
+            decoder that is not there. EclipseError: there is no trained prior.
+    """
     card, layout = ws.card, options.layout
     prompts = _prompts(ws, options.prompts)
     default_samples = card.render.samples if layout == "flat" else DEFAULT_SAMPLES.get(layout, 1)
     samples = default_samples if options.samples is None else options.samples
     seed = card.render.seed if options.seed is None else options.seed
     pictures = plan(layout, prompts, samples, seed)
-    prior = options.prior or str(ws.prior / "final")
+    prior = str(ws.prior / "final") if options.prior is None else options.prior
+    if options.prior not in (None, TEXT_PRIOR):
+        _require_place(prior, "prior", hint="name a directory, a hub id such as owner/name, or text (--prior)")
     steps = card.decoder.steps if options.steps is None else options.steps
     guidance = card.decoder.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    scheduler = options.scheduler or card.decoder.scheduler
-    if steps < 1 or guidance < 0:
-        raise UsageError(f"{steps} steps, guidance {guidance:g}", hint="use at least 1 step, guidance from 0 up")
+    scheduler = card.decoder.scheduler if options.scheduler is None else options.scheduler
+    _check_decoder(card.decoder, steps, guidance, scheduler, options.blank_decoder_text)
     settings = {
         "layout": layout,
         "samples": samples,
@@ -98,6 +109,36 @@ def plan_job(ws: Workspace, options: Options) -> Job:
         settings=settings,
         is_stage=is_stage,
     )
+
+
+def _check_decoder(
+    section: DecoderSection, steps: int, guidance: float, scheduler: str | None, blank_text: bool
+) -> None:
+    """Raise UsageError for settings that this kind of decoder would refuse later, after minutes of loading."""
+    karlo = section.kind == "karlo"
+    least = 2 if karlo else 1  # Karlo's schedule is the way between two times
+    if not least <= steps <= MAX_DENOISING_STEPS:
+        raise UsageError(f"{steps} denoising steps", hint=f"use {least} to {MAX_DENOISING_STEPS}")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise UsageError(f"a guidance scale of {guidance:g}", hint="use a finite number from 0 up")
+    if scheduler is not None and scheduler not in get_args(Scheduler):
+        raise UsageError(f"unknown scheduler {scheduler!r}", hint=f"use one of: {', '.join(get_args(Scheduler))}")
+    if scheduler is not None and karlo:
+        raise UsageError("Karlo's decoder has one scheduler of its own", hint="leave decoder.scheduler out")
+    if blank_text and not karlo:
+        raise UsageError(f"a {section.kind} decoder reads no text", hint="leave --blank-decoder-text out")
+    _require_place(resolve(section.path), "decoder", hint="name a directory or a hub id (decoder.path in the card)")
+
+
+def _require_place(name: str, what: str, *, hint: str) -> None:
+    """Raise UsageError unless `name` is a directory, or can be a hub id."""
+    path = Path(name)
+    if name and path.is_dir():
+        return
+    if name and path.exists():
+        raise UsageError(f"this is a file, not the directory of a {what}", where=name, hint=hint)
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"no such {what}", where=repr(name) if not name.strip() else name, hint=hint)
 
 
 def _folder(ws: Workspace, options: Options, is_stage: bool) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read .txt (one a line), .jsonl (GenEval metadata), .tsv or .csv (a Prompt column), or a folder of .txt files.
+
+    Blank lines are skipped; a prompt's name is its line's number all the same.
 
     Raises:
         UsageError: naming file and line, for whatever cannot be read as a prompt.
@@ -97,16 +100,23 @@ def shapes_prompts(world: World, per_category: int) -> list[Prompt]:
 
 def _text(path: Path) -> Iterator[Prompt]:
     for number, line in _lines(path):
-        yield _checked(line, f"{path}:{number}", name=f"{number - 1:05d}")
+        if line.strip():
+            yield _checked(line, f"{path}:{number}", name=f"{number - 1:05d}")
 
 
 def _jsonl(path: Path) -> Iterator[Prompt]:
     for number, line in _lines(path):
         where = f"{path}:{number}"
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UsageError(f"not JSON: {error}", where=where, hint='each line is {"prompt": "…"}') from None
+        except ValueError:  # of Python: more than 4,300 digits
+            raise UsageError("a number of too many digits", where=where, hint="shorten it") from None
+        except RecursionError:
+            raise UsageError("nested too deeply", where=where, hint='each line is {"prompt": "…"}') from None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise UsageError('no "prompt" text in this object', where=where, hint='each line is {"prompt": "…"}')
         category = str(entry.get("tag", ""))
@@ -119,20 +129,28 @@ def _table(path: Path) -> Iterator[Prompt]:
     # PartiPrompts has bare quotation marks inside fields: in a .tsv they are plain characters.
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=separator, quoting=quoting)
-    header = [name.strip().lower() for name in next(reader, [])]
-    if "prompt" not in header:
-        raise UsageError("the first line names no column 'Prompt'", where=f"{path}:1", hint="add a header line")
-    column = header.index("prompt")
-    category = header.index("category") if "category" in header else None
     try:
+        header = [name.strip().lower() for name in next(filter(_filled, reader), [])]
+        if "prompt" not in header:
+            where = f"{path}:{max(1, reader.line_num)}"
+            raise UsageError("the first line names no column 'Prompt'", where=where, hint="add a header line")
+        column = header.index("prompt")
+        category = header.index("category") if "category" in header else None
         for i, row in enumerate(reader):
             where = f"{path}:{reader.line_num}"
+            if not _filled(row):
+                continue
             if len(row) <= max(column, category or 0):
                 raise UsageError(f"{len(row)} fields, the header has {len(header)}", where=where)
             label = "" if category is None else row[category]
             yield _checked(row[column], where, name=f"{i:05d}", category=label)
     except csv.Error as error:
         raise UsageError(f"not a table: {error}", where=f"{path}:{reader.line_num}") from None
+
+
+def _filled(row: list[str]) -> bool:
+    """Whether a row is more than a blank line; one of separators alone is a row with nothing in it."""
+    return len(row) > 1 or any(cell.strip() for cell in row)
 
 
 def _one_in_file(path: Path) -> Prompt:
@@ -161,6 +179,14 @@ def _checked(text: str, where: str, *, name: str, metadata: dict[str, Any] | Non
         raise UsageError("an empty prompt", where=where, hint="write a prompt there or remove the line")
     if len(text) > MAX_CHARACTERS:
         raise UsageError(f"{len(text):,} characters, at most {MAX_CHARACTERS:,}", where=where, hint="shorten it")
-    if control := next((c for c in text if ord(c) < 32 and c != "\t"), None):
-        raise UsageError(f"a control character (code {ord(control)})", where=where, hint="remove it")
+    # A category names rows of the gallery, a name files: neither holds half of a surrogate pair either.
+    if odd := next((c for c in (*text, *category, *name) if _unwritable(c)), None):
+        raise UsageError(f"half of a character (a lone surrogate, U+{ord(odd):04X})", where=where, hint="remove it")
+    if odd := next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c != "\t"), None):
+        kind = "control character" if unicodedata.category(odd) == "Cc" else "line separator"
+        raise UsageError(f"a {kind} (U+{ord(odd):04X})", where=where, hint="remove it")
     return Prompt(text, name, metadata or {"prompt": text}, category)
+
+
+def _unwritable(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"

@@ -3,66 +3,152 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EclipseError
+from ..errors import EclipseError, UsageError
 from ..pipeline.card import STAGE_SECTIONS
 from ..pipeline.workspace import atomic_path
 from . import manifest
 from .job import Job, Options, plan_job
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from ..lab.shapes import Prompt as ShapesPrompt
     from ..pipeline.workspace import Workspace
     from ..progress import Progress
+    from .decoder import Captions, Decoder
     from .gallery import Entry, Shot
     from .layouts import Picture
+
+
+# Where the layouts put pictures, and what `_write_batch` writes into each: how pictures are told from other people's.
+PLACES = ("samples/*.png", f"{'[0-9]' * 5}/samples/*.png")
+MARKS = ("prior", "encoder", "decoder", "steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What makes the missing pictures: a row of `embeddings` (N, D) for each seed; `rows`: its row of `captions`."""
+
+    embeddings: torch.Tensor
+    decoder: Decoder
+    captions: Captions | None  # where the decoder reads them
+    rows: list[int]
 
 
 def render(ws: Workspace, progress: Progress, *, overwrite: bool = False, **options: Any) -> dict[str, Any]:
     """Render prompts and write pictures, a contact sheet and a gallery; returns the summary.
 
     options: the fields of `job.Options`. Pictures that are already there are not made again; settings are never mixed
-    in one folder.
+    in one folder. Older pictures are removed only once prompts, prior and decoder are known to work.
 
     Raises:
         UsageError, EclipseError: unreadable prompts, no prior, other settings, weights or disk that fail.
     """
     job = plan_job(ws, Options(**options))
     if not job.is_stage:
-        return _render(ws, progress, job, overwrite=overwrite)
+        return _render(ws, progress, job, _found(ws, job, overwrite=overwrite), overwrite=overwrite)
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["render"])
-    if overwrite:
-        ws.reset("render")
-    elif summary := ws.completed("render", fingerprint):
+    if not overwrite and (summary := ws.completed("render", fingerprint)):
         return summary
-    ws.begin("render", fingerprint)
-    found = manifest.read(job.folder)
+
+    def begin() -> None:
+        if overwrite:
+            ws.reset("render")
+        ws.begin("render", fingerprint)
+
+    found = _found(ws, job, overwrite=overwrite)
     # Whether the stage may run again was settled above: other pictures in its own folder are of an earlier prior.
     stale = found is not None and found["settings"] != job.settings
-    summary = _render(ws, progress, job, overwrite=overwrite or stale)
+    summary = _render(ws, progress, job, found, overwrite=overwrite or stale, begin=begin)
     ws.finish("render", fingerprint, summary)
     return summary
 
 
-def _render(ws: Workspace, progress: Progress, job: Job, *, overwrite: bool) -> dict[str, Any]:
-    complete = manifest.claim(job.folder, job.settings, job.files, overwrite=overwrite)
-    if complete is not None:
-        return {**complete, "already_complete": True}
-    missing = [picture for picture in job.pictures if not (job.folder / picture.path).is_file()]
-    if missing:
-        _make(ws, progress, job, missing)
+def _render(
+    ws: Workspace,
+    progress: Progress,
+    job: Job,
+    found: dict[str, Any] | None,
+    *,
+    overwrite: bool,
+    begin: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """found: the manifest that is there. begin: called when the models are known to work, just before it is written."""
+    replaces = overwrite and found is not None
+    # A folder that is not there, or whose pictures go, is claimed last. Any other is, or is refused, at once.
+    at_once = job.folder.exists() and not replaces
+    if at_once:
+        complete = manifest.claim(job.folder, job.settings, job.files, overwrite=False)
+        if complete is not None:
+            return {**complete, "already_complete": True}
+    missing = [picture for picture in job.pictures if replaces or not (job.folder / picture.path).is_file()]
+    models = _load(ws, progress, job, missing) if missing else None
+    begin()
+    if found is not None and replaces:
+        manifest.write(job.folder, **found)  # `claim` reads it, and it may be a damaged one
+    if not at_once:
+        manifest.claim(job.folder, job.settings, job.files, overwrite=overwrite)
+    if models is not None:
+        _make(progress, job, missing, models)
     summary = _show(ws, progress, job, made=len(missing))
     manifest.write(job.folder, job.settings, job.files, summary)
     return summary
 
 
-def _make(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture]) -> None:
-    """Make the missing pictures. Encoder, prior and decoder are in memory one after the other, never together."""
+def _found(ws: Workspace, job: Job, *, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of the job's folder, or None. With `overwrite` a damaged one is made up for from the pictures.
+
+    Raises:
+        UsageError, EclipseError: no folder, or a damaged manifest that is not to be, or cannot be, replaced.
+    """
+    if job.folder.exists() and not job.folder.is_dir():
+        raise UsageError("this is a file, not a folder", where=str(job.folder), hint="name another with --out")
+    try:
+        found = manifest.read(job.folder)
+        if found is None or _is_sound(found):
+            return found
+        problem = EclipseError("the manifest is damaged", where=str(job.folder / manifest.NAME))
+    except EclipseError as error:
+        problem = error
+    except RecursionError:
+        problem = EclipseError("the manifest is nested too deeply", where=str(job.folder / manifest.NAME))
+    ours = _own_pictures(job.folder)
+    if ours or job.folder.resolve().is_relative_to(ws.renders.resolve()):
+        if overwrite:
+            return {"settings": {}, "files": ours, "summary": None}
+        problem.hint = "replace the pictures there with --overwrite, or name another folder with --out"
+    raise problem
+
+
+def _is_sound(found: dict[str, Any]) -> bool:
+    files, summary = found["files"], found["summary"]
+    named = isinstance(files, list) and all(isinstance(name, str) for name in files)
+    return named and isinstance(found["settings"], dict) and isinstance(summary, dict | None)
+
+
+def _own_pictures(folder: Path) -> list[str]:
+    """The pictures in a folder that carry the marks of `_write_batch`, relative to it."""
+    from PIL import Image
+
+    ours = []
+    for path in (path for place in PLACES for path in sorted(folder.glob(place))):
+        try:
+            with Image.open(path) as image:
+                if image.info.keys() >= set(MARKS):
+                    ours.append(path.relative_to(folder).as_posix())
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow fails on what is no PNG
+            continue
+    return ours
+
+
+def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture]) -> _Models:
+    """What the missing pictures need. Encoder, prior and decoder are in memory one after the other, never together."""
     from ..pipeline.card import resolve
     from .conditioning import encode_texts, load_encoder, pick_device, predict, unconditional
     from .decoder import load_decoder
@@ -79,7 +165,8 @@ def _make(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
     del encoder
     row_of = {prompt: row for row, prompt in enumerate(used)}
     shots = [(row_of[picture.prompt], seed) for picture in missing for seed in picture.seeds]
-    embeddings = predict(job.prior, texts, [row for row, _ in shots], [seed for _, seed in shots], device)
+    rows = [row for row, _ in shots]
+    embeddings = predict(job.prior, texts, rows, [seed for _, seed in shots], device)
     decoder = load_decoder(
         card.decoder.kind,
         resolve(card.decoder.path),
@@ -94,19 +181,25 @@ def _make(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
             where=card.decoder.path,
             hint="name a decoder made for this encoder (decoder.path in the card)",
         )
-    captions = texts.captions() if card.decoder.kind == "karlo" and not job.blank_decoder_text else None
-    with progress.task("render", sum(len(p.seeds) for p in job.pictures), "pictures") as task:
-        task.advance(sum(len(p.seeds) for p in job.pictures) - len(shots))
+    reads = card.decoder.kind == "karlo" and not job.blank_decoder_text
+    return _Models(embeddings, decoder, texts.captions() if reads else None, rows)
+
+
+def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Models) -> None:
+    """Make the missing pictures, a batch at a time."""
+    total, count = sum(len(p.seeds) for p in job.pictures), len(models.rows)
+    with progress.task("render", total, "pictures") as task:
+        task.advance(total - count)
         done = 0
-        for batch in _batches(missing, decoder.batch_size):
+        for batch in _batches(missing, models.decoder.batch_size):
             seeds = [seed for picture in batch for seed in picture.seeds]
-            rows = [row for row, _ in shots[done : done + len(seeds)]]
-            images = decoder.decode(
-                embeddings[done : done + len(seeds)],
+            rows = slice(done, done + len(seeds))
+            images = models.decoder.decode(
+                models.embeddings[rows],
                 seeds=seeds,
                 steps=job.steps,
                 guidance_scale=job.guidance_scale,
-                captions=None if captions is None else captions.take(rows),
+                captions=None if models.captions is None else models.captions.take(models.rows[rows]),
             )
             _write_batch(job, batch, images)
             done += len(seeds)
@@ -133,7 +226,7 @@ def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Imag
         own = [next(rest) for _ in picture.seeds]
         info = PngInfo()
         info.add_itxt("prompt", job.prompts[picture.prompt].text)
-        for key in ("prior", "encoder", "decoder", "steps", "guidance_scale"):
+        for key in MARKS:
             info.add_itxt(key, str(job.settings[key]))
         info.add_text("seed", " ".join(str(seed) for seed in picture.seeds))
         with atomic_path(job.folder / picture.path) as temporary:

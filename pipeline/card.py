@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import UsageError
 from .workspace import CARD_NAME, atomic_path
@@ -17,6 +18,14 @@ from .workspace import CARD_NAME, atomic_path
 INSTALLATION = Path(__file__).resolve().parent.parent
 CARDS = INSTALLATION / "data_cards"
 MODELS = INSTALLATION / "lab" / "models"
+
+# Far above what anybody means, and below what the libraries behind a key break on.
+MANY = 1_000_000_000
+MAX_SEED = 2**32 - 1  # a row's seed is this times a million, and generators take 64 bits
+MAX_IMAGE_SIZE = 4096
+MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
+
+Scheduler = Literal["ddpm", "ddim"]
 
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "download": ("source",),
@@ -29,29 +38,31 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, and nothing changes after loading."""
+    """Base of every section: unknown keys and numbers that are not finite are refused; nothing changes once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class FetchOptions(Section):
     """How pictures are fetched and stored; the same for every source."""
 
-    image_size: int = Field(256, ge=16, le=4096, description="side in pixels that stored pictures are resized to")
+    image_size: int = Field(
+        256, ge=16, le=MAX_IMAGE_SIZE, description="side in pixels that stored pictures are resized to"
+    )
     resize_mode: Literal["no", "border", "keep_ratio", "center_crop"] = Field(
         "keep_ratio", description="img2dataset's resize mode; pictures are never enlarged"
     )
-    rows_per_shard: int = Field(10_000, ge=1, description="rows of the URL list in one shard")
-    timeout_s: float = Field(10.0, gt=0, description="seconds allowed for one URL")
-    retries: int = Field(2, ge=0, description="further passes over URLs that failed")
+    rows_per_shard: int = Field(10_000, ge=1, le=MANY, description="rows of the URL list in one shard")
+    timeout_s: float = Field(10.0, gt=0, le=3600, description="seconds allowed for one URL")
+    retries: int = Field(2, ge=0, le=100, description="further passes over URLs that failed")
 
 
 class ShapesSource(FetchOptions):
     """The closed world of coloured shapes, served over HTTP on the loopback address."""
 
     kind: Literal["shapes"] = Field("shapes", description="shapes: the world that ships with the installation")
-    seed: int = Field(0, ge=0, description="seed of the world's scenes, captions and planted dirt")
-    rows: int = Field(8000, ge=1, description="rows of the served list, dirt included")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the world's scenes, captions and planted dirt")
+    rows: int = Field(8000, ge=1, le=100_000_000, description="rows of the served list, dirt included")
     held_out: float = Field(0.15, ge=0, lt=1, description="share of (color, shape) compositions kept out of training")
 
 
@@ -60,11 +71,26 @@ class UrlSource(FetchOptions):
 
     kind: Literal["urls"] = Field("urls", description="urls: a list of your own")
     urls: str | list[str] = Field(
-        description="Parquet, CSV, TSV or JSONL file(s); relative to your card's file, in a workspace to its directory"
+        description="Parquet, CSV, TSV, JSONL file(s), relative to the card's file; a shipped card's: to the workspace"
     )
     url_column: str = Field("url", description="column with the image URL")
     caption_column: str = Field("caption", description="column with the caption")
-    expected_rows: int | None = Field(None, ge=1, description="rows expected to arrive; for estimates of cost")
+    expected_rows: int | None = Field(
+        None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _name_files(cls, urls: str | list[str]) -> str | list[str]:
+        names = [urls] if isinstance(urls, str) else urls
+        if not names or not all(name.strip() for name in names):
+            raise ValueError("name a file, or a list of at least one")
+        for name in names:
+            try:
+                Path(name).expanduser()
+            except RuntimeError:
+                raise ValueError("no home directory is known for the ~ here") from None
+        return urls
 
     def paths(self, root: Path) -> list[Path]:
         """The list's files; `root` is the workspace's directory."""
@@ -88,10 +114,10 @@ class EncoderSection(Section):
 class FilterSection(Section):
     """Rules that decide which embedded rows are trained on, applied in this order; null switches a rule off."""
 
-    min_side: int | None = Field(None, ge=1, description="least width and height in pixels, as stored")
+    min_side: int | None = Field(None, ge=1, le=MANY, description="least width and height in pixels, as stored")
     max_aspect_ratio: float | None = Field(None, ge=1, description="largest ratio of the longer to the shorter side")
-    min_caption_length: int | None = Field(None, ge=1, description="fewest characters of a caption")
-    max_caption_length: int | None = Field(None, ge=1, description="most characters of a caption")
+    min_caption_length: int | None = Field(None, ge=1, le=MANY, description="fewest characters of a caption")
+    max_caption_length: int | None = Field(None, ge=1, le=MANY, description="most characters of a caption")
     min_aesthetic_score: float | None = Field(None, description="least aesthetic score, where the encoder has a head")
     max_safety_score: float | None = Field(None, description="largest safety score, where the card names a head")
     min_clip_score: float | None = Field(None, ge=-1, le=1, description="least cosine of picture and caption")
@@ -129,17 +155,22 @@ class TrainSection(Section):
     arm: Literal["eclipse", "projection", "diffusion"] = Field(
         "eclipse", description="eclipse, or a baseline of the same size: projection is lambda 0; diffusion"
     )
-    steps: int = Field(60_000, ge=1, description="optimizer steps")
-    batch_size: int = Field(1024, ge=2, description="rows in the global batch; all are contrasted with each other")
+    steps: int = Field(60_000, ge=1, le=MANY, description="optimizer steps")
+    batch_size: int = Field(
+        1024, ge=2, le=10_000_000, description="rows in the global batch; all are contrasted with each other"
+    )
     microbatch: int | None = Field(
-        None, ge=1, description="rows a device takes at once, where a batch does not fit; changes no result"
+        None,
+        ge=1,
+        le=10_000_000,
+        description="rows a device takes at once, where a batch does not fit; changes no result",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalised updates for the matrices (arXiv 2502.16982), AdamW for the rest"
     )
     learning_rate: float = Field(5e-5, gt=0, description="peak of the schedule")
-    warmup: int = Field(500, ge=0, description="steps of linear warm-up before the cosine")
-    restarts: int = Field(0, ge=0, description="warm restarts: the cosine runs restarts + 1 times")
+    warmup: int = Field(500, ge=0, le=MANY, description="steps of linear warm-up before the cosine")
+    restarts: int = Field(0, ge=0, le=MANY, description="warm restarts: the cosine runs restarts + 1 times")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
     lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
     temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
@@ -150,14 +181,15 @@ class TrainSection(Section):
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weights' moving average, which is what is exported")
     clip_gradient: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast precision on a GPU; a CPU uses fp32")
-    seed: int = Field(0, ge=0, description="seed of weights, order and noise")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of weights, order and noise")
     validation: float = Field(0.01, gt=0, lt=1, description="fraction of image groups held back for validation")
-    validate_every: int = Field(1000, ge=1, description="steps between validations")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    validate_every: int = Field(1000, ge=1, le=MANY, description="steps between validations")
+    checkpoint_every: int = Field(1000, ge=1, le=MANY, description="steps between checkpoints")
     resident: bool = Field(False, description="hold the selected cache on the device; refused where it does not fit")
     block_rows: int = Field(
         1,
         ge=1,
+        le=MANY,
         description="above 1: shuffle blocks of so many rows, where the cache is far larger than memory",
     )
     wandb: str | None = Field(None, description="project on Weights & Biases that gets the metrics too")
@@ -168,26 +200,28 @@ class DecoderSection(Section):
 
     kind: Literal["kandinsky22", "karlo"] = Field("kandinsky22", description="family of the decoder")
     path: str = Field(description="directory or hub id; {models} is the installation's own")
-    steps: int = Field(50, ge=1, description="denoising steps")
+    steps: int = Field(50, ge=1, le=MAX_DENOISING_STEPS, description="denoising steps")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 is none")
-    image_size: int = Field(512, ge=16, description="side of the pictures in pixels")
-    scheduler: Literal["ddpm", "ddim"] | None = Field(None, description="null: the one that comes with the decoder")
+    image_size: int = Field(512, ge=16, le=MAX_IMAGE_SIZE, description="side of the pictures in pixels")
+    scheduler: Scheduler | None = Field(None, description="null: the one that comes with the decoder")
 
 
 class RenderSection(Section):
     """What `eclipse render` makes when no prompts file is named."""
 
     prompts: list[str] = Field(default_factory=list, description="prompts rendered by default")
-    samples: int = Field(4, ge=1, description="pictures a prompt")
-    seed: int = Field(0, ge=0, description="seed of the noise; prompt and sample number are mixed in")
+    samples: int = Field(4, ge=1, le=10_000, description="pictures a prompt")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the noise; prompt and sample number are mixed in")
 
 
 class EvaluateSection(Section):
     """How much `eclipse evaluate` measures."""
 
-    prompts_per_category: int = Field(20, ge=1, description="prompts a category and split, for sources with categories")
-    rows: int = Field(2000, ge=2, description="validation rows for the metrics in embedding space, at most")
-    seed: int = Field(0, ge=0, description="seed of prompts and noise")
+    prompts_per_category: int = Field(
+        20, ge=1, le=10_000, description="prompts a category and split, for sources with categories"
+    )
+    rows: int = Field(2000, ge=2, le=MANY, description="validation rows for the metrics in embedding space, at most")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of prompts and noise")
 
 
 Source = Annotated[ShapesSource | UrlSource, Field(discriminator="kind")]
@@ -214,11 +248,15 @@ class Card(Section):
         """Read a card by its name (`shapes`) or its path. UsageError names file, key and the allowed values."""
         path = find_card(name_or_path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loader = _Loader(path.read_text(encoding="utf-8"))
+            loader.name = path.name  # what the messages call it
+            data = loader.get_single_data()
         except OSError as error:
             raise UsageError(f"cannot read the card: {error.strerror}", where=str(path)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"the card is not valid YAML: {error}", where=str(path)) from error
+        except RecursionError:
+            raise UsageError("the card is nested too deeply", where=str(path)) from None
         if not isinstance(data, dict):
             raise UsageError("the card is empty or no mapping", where=str(path), hint="see `eclipse cards shapes`")
         try:
@@ -247,6 +285,34 @@ class Card(Section):
         )
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also refuses a key given twice, and names the line of a value that is none."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _at(key, f"the key {key.value} stands here a second time")
+                seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, AttributeError) as error:
+            # How PyYAML fails on what looks like a date or a number and is none: 2020-13-45, 5,000 digits, !!int "".
+            raise _at(node, f"this is no value: {str(error).partition(';')[0]}") from None
+        if isinstance(value, str) and (odd := next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)):
+            raise _at(node, f"a character that cannot be written (U+{ord(odd):04X})")
+        return value
+
+
+def _at(node: yaml.Node, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 SECTIONS = ("source", "encoder", "filter", "prior", "train", "decoder", "render", "evaluate")
@@ -294,14 +360,34 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _absolute_urls(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A user's card names its list relative to itself; a shipped card and a workspace's, to the workspace."""
+    """A user's card names its list relative to itself; a shipped card, to the workspace, whose own card lies there."""
     source = data.get("source")
     if path.parent == CARDS or path.name == CARD_NAME or not isinstance(source, dict) or "urls" not in source:
         return data
     folder, urls = path.absolute().parent, source["urls"]
     names = urls if isinstance(urls, list) else [urls]
-    resolved = [str(folder / Path(name).expanduser()) if isinstance(name, str) else name for name in names]
+    resolved = [_beside(folder, name) for name in names]
     return {**data, "source": {**source, "urls": resolved if isinstance(urls, list) else resolved[0]}}
+
+
+def _beside(folder: Path, name: Any) -> Any:
+    """The full path of a file named relative to `folder`; what is no file name stays, for validation to refuse."""
+    if not isinstance(name, str) or not name.strip():
+        return name
+    try:
+        return str(folder / Path(name).expanduser())
+    except RuntimeError:  # ~ of a user that is not there
+        return name
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in a message, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _explain(error: ValidationError) -> str:
@@ -317,7 +403,7 @@ def _explain(error: ValidationError) -> str:
         elif detail["type"] == "missing":
             lines.append(f"missing key {key}")
         else:
-            lines.append(f"{key}: {detail['msg']}, not {detail['input']!r}")
+            lines.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}, not {_shown(detail['input'])}")
     return lines[0] if len(lines) == 1 else "\n  - ".join([f"{len(lines)} keys are wrong:", *lines])
 
 

@@ -53,7 +53,7 @@ class UrlList:
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                hint = "the card's source.urls names it, relative to the workspace"
+                hint = "the card's source.urls names it; a relative path starts at the workspace's own card"
                 raise UsageError(f"cannot read the URL list: {_why(error)}", where=str(path), hint=hint) from error
         return total.hexdigest()
 

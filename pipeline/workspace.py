@@ -269,7 +269,6 @@ class Workspace:
         """The files that `stage` has made."""
         return [path for path in sorted(self.root.glob(OUTPUTS[stage])) if path.is_file()]
 
-
     def _begun_path(self, stage: str) -> Path:
         return self.logs / "state" / f"{stage}.begun.json"
 

@@ -31,6 +31,7 @@ def test_gallery_holds_pictures_filters_and_scores(entries: list[Entry], tmp_pat
     assert "<script>alert" not in page and "red </script>" not in page
     assert 'data-filter="split"' in page and 'data-filter="verdict"' in page
     assert 'data-filter="category"' not in page  # there is only one
+    assert "shares of pictures in which nothing asked is missing" in page and "the mean share of what was asked" in page
     assert ">1.00<" in page.replace("</td>", "<") and ">0.50<" in page.replace("</td>", "<")
 
 
@@ -39,8 +40,10 @@ def test_large_sets_are_linked_and_capped(
 ) -> None:
     monkeypatch.setattr(gallery, "EMBED_BYTES", 10)
     monkeypatch.setattr(gallery, "MAX_GALLERY_PICTURES", 2)
+    entries = [Entry(e.prompt, tuple(Shot(s.file, s.seed) for s in e.shots)) for e in entries]
     html_gallery(entries, tmp_path / "index.html", title="Test", settings=[])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "nothing asked is missing" not in page  # no checker read these
     assert "base64" not in page and 'src="samples/1%20%3F%23.png"' in page
     assert "prompt 2" not in page and "1 more prompts" in page
 

@@ -50,12 +50,39 @@ def test_a_folder_of_one_prompt_files_keeps_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", b"a\r\n\r\n \t\r\nb\r\n"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n  \n{"prompt": "b"}\n'),
+        ("p.csv", b"\nPrompt,Level\na,1\n\n  \nb,2\n"),
+        ("p.tsv", b"Prompt\na\n\n\nb\n"),
+    ],
+)
+def test_blank_lines_are_skipped_and_names_keep_the_lines_number(tmp_path: Path, name: str, content: bytes) -> None:
+    prompts = read_prompts(write(tmp_path / name, content))
+    assert [(p.text, p.name) for p in prompts] == [("a", "00000"), ("b", "00003")]
+
+
+def test_a_surrogate_pair_in_json_is_one_character(tmp_path: Path) -> None:
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude00 smiles"}\n'))
+    assert prompt.text == "😀 smiles"
+
+
+@pytest.mark.parametrize(
     ("name", "content", "what", "line"),
     [
         ("p.txt", b"fine\nbr\xfcken\n", "not UTF-8", 2),
-        ("p.txt", b"fine\n\nafter a gap\n", "an empty prompt", 2),
         ("p.txt", "fine\n" + "x" * 2001 + "\n", "2,001 characters", 2),
-        ("p.txt", "a\x00b\n", "control character", 1),
+        ("p.txt", "a\x00b\n", r"control character \(U\+0000\)", 1),
+        ("p.txt", "fine\na\u0085b\n", r"control character \(U\+0085\)", 2),
+        ("p.txt", "fine\na\u2028b\n", r"line separator \(U\+2028\)", 2),
+        ("p.jsonl", '{"prompt": "a \\ud800"}\n', r"lone surrogate, U\+D800", 1),
+        ("p.jsonl", '{"prompt": "a", "tag": "\\udc00"}\n', r"lone surrogate, U\+DC00", 1),
+        ("p.jsonl", '{"prompt": "a"}\n' + "[" * 100_000 + "\n", "nested too deeply", 2),
+        ("p.jsonl", '{"prompt": "a", "n": ' + "1" * 5000 + "}\n", "too many digits", 1),
+        ("p.csv", "prompt," + "x" * 200_000 + "\n", "not a table", 1),
+        ("p.csv", "\n\nlevel\n1\n", "no column 'Prompt'", 3),
+        ("p.csv", "prompt,level\na,1\n\n,\n", "an empty prompt", 4),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "not JSON", 2),
         ("p.jsonl", '{"prompt": "a"}\n["b"]\n', 'no "prompt" text', 2),
         ("p.jsonl", '{"prompt": 7}\n', 'no "prompt" text', 1),

@@ -33,6 +33,16 @@ def ws(made: Workspace, tmp_path: Path) -> Workspace:
     return Workspace.open(tmp_path / "ws")
 
 
+def short(ws: Workspace) -> Workspace:
+    """The same workspace with one prompt in its card, so that the stage is quick."""
+    ws.card.model_copy(update={"render": ws.card.render.model_copy(update={"prompts": TEXTS[:1]})}).dump(ws.card_path)
+    return Workspace.open(ws.root)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def pixels(folder: Path) -> dict[str, np.ndarray]:
     return {
         path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).astype(int)
@@ -181,3 +191,87 @@ def test_a_new_prior_replaces_the_stages_own_pictures(ws: Workspace) -> None:
     ws.reset("train")
     after = pixels(Path(render(ws, QUIET)["folder"]))
     assert len(after) == 2 and not equal(before, after)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_removed(ws: Workspace, tmp_path: Path) -> None:
+    ws = short(ws)
+    folder = Path(render(ws, QUIET)["folder"])
+    (tmp_path / "p.txt").write_text("a dog\n")
+    before = contents(ws.root)
+    for options, said in (
+        ({"scheduler": "euler"}, "unknown scheduler 'euler'"),
+        ({"scheduler": ""}, "unknown scheduler"),
+        ({"guidance_scale": float("inf")}, "a guidance scale of inf"),
+        ({"guidance_scale": float("nan")}, "a guidance scale of nan"),
+        ({"steps": 5000}, "5000 denoising steps"),
+        ({"blank_decoder_text": True}, "kandinsky22 decoder reads no text"),
+        ({"prior": "nothere"}, "no such prior"),
+        ({"prior": ""}, "no such prior"),
+        ({"prior": "./not/there"}, "no such prior"),
+        ({"prior": str(ws.card_path)}, "a file, not the directory of a prior"),
+        ({"prompts": tmp_path / "none.txt"}, "no such prompts file"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            render(ws, QUIET, overwrite=True, out=folder, **options)
+        with pytest.raises(UsageError, match=said):
+            render(ws, QUIET, out=tmp_path / "new", **options)
+    assert contents(ws.root) == before and not (tmp_path / "new").exists()
+
+
+def test_old_pictures_outlive_a_prior_or_decoder_that_cannot_be_loaded(ws: Workspace, tmp_path: Path) -> None:
+    ws = short(ws)
+    render(ws, QUIET)
+    config, card = ws.prior / "final" / "config.json", ws.card
+    whole = config.read_bytes()
+    config.write_bytes(b'{"_class_name": ')
+    before = contents(ws.root)
+    with pytest.raises(EclipseError, match="cannot read the prior's config"):
+        render(ws, QUIET, overwrite=True)
+    with pytest.raises(EclipseError, match="cannot read the prior's config"):
+        render(ws, QUIET, prompts=TEXTS, out=tmp_path / "new")
+    assert contents(ws.root) == before and not (tmp_path / "new").exists()
+    config.write_bytes(whole)
+    (tmp_path / "empty").mkdir()
+    for path, said in (
+        (tmp_path / "gone", "no such decoder"),
+        (ws.card_path, "a file, not the directory of a decoder"),
+        (tmp_path / "empty", "weights cannot be loaded"),
+    ):
+        card.model_copy(update={"decoder": card.decoder.model_copy(update={"path": str(path)})}).dump(ws.card_path)
+        before = contents(ws.root)
+        with pytest.raises(EclipseError, match=said):
+            render(Workspace.open(ws.root), QUIET, overwrite=True)
+        assert contents(ws.root) == before
+
+
+def test_a_damaged_manifest_is_named_and_replaced_on_demand(ws: Workspace, tmp_path: Path) -> None:
+    out = tmp_path / "pictures"
+    render(ws, QUIET, prompts=TEXTS, samples=1, out=out)
+    shutil.copytree(out, tmp_path / "theirs")
+    (out / "samples" / "photo.png").write_bytes(b"mine")
+    for damage in ("", '{"settings": ', "[]", "[" * 100_000, '{"settings": {}, "files": [7], "summary": null}'):
+        (out / "manifest.json").write_text(damage)
+        before = contents(out)
+        with pytest.raises(EclipseError, match="manifest") as error:
+            render(ws, QUIET, prompts=TEXTS[:1], samples=1, out=out)
+        assert error.value.where == str(out / "manifest.json") and "--overwrite" in str(error.value.hint)
+        assert contents(out) == before
+    summary = render(ws, QUIET, prompts=TEXTS[:1], samples=1, out=out, overwrite=True)
+    assert summary["made"] == 1 and len(list((out / "samples").iterdir())) == 2
+    assert (out / "samples" / "photo.png").read_bytes() == b"mine"
+    assert render(ws, QUIET, prompts=TEXTS[:1], samples=1, out=out)["already_complete"] is True
+    # A manifest that is not ours stays, --overwrite or not.
+    shutil.rmtree(tmp_path / "theirs" / "samples")
+    (tmp_path / "theirs" / "manifest.json").write_text('{"name": "a web page"}')
+    before = contents(tmp_path / "theirs")
+    with pytest.raises(EclipseError, match="unreadable manifest"):
+        render(ws, QUIET, prompts=TEXTS, samples=1, out=tmp_path / "theirs", overwrite=True)
+    assert contents(tmp_path / "theirs") == before
+
+
+def test_karlo_has_a_schedule_of_its_own(tmp_path: Path) -> None:
+    ws = make_workspace(tmp_path, kind="karlo")
+    for options, said in (({"scheduler": "ddim"}, "scheduler of its own"), ({"steps": 1}, "1 denoising steps")):
+        with pytest.raises(UsageError, match=said):
+            render(ws, QUIET, prompts=TEXTS, **options)
+    assert not ws.renders.exists()

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from eclipse.errors import UsageError
-from eclipse.pipeline.card import MODELS, STAGE_SECTIONS, Card, UrlSource, card_names, resolve
+from eclipse.pipeline.card import MODELS, STAGE_SECTIONS, Card, ShapesSource, UrlSource, card_names, resolve
 from pydantic import BaseModel
 
 MINIMAL = """
@@ -78,6 +79,11 @@ def test_the_url_list_is_found_beside_a_users_card_and_in_the_workspace(tmp_path
     source = Card.load(write(tmp_path / "cards", MINIMAL)).source
     assert isinstance(source, UrlSource)
     assert source.paths(tmp_path / "ws") == [tmp_path / "cards" / "list.csv"]
+    written = Card.load(tmp_path / "cards" / "card.yaml")
+    written.dump(tmp_path / "eclipse.yaml")  # what `init` does: the full path travels
+    assert Card.load(tmp_path / "eclipse.yaml") == written
+    said = UrlSource.model_fields["urls"].description or ""
+    assert "relative to the card's file" in said and "a shipped card's: to the workspace" in said
     shipped = Card.load("coco").source
     assert isinstance(shipped, UrlSource)
     assert shipped.paths(tmp_path / "ws") == [tmp_path / "ws" / "mscoco.parquet"]
@@ -104,6 +110,21 @@ def test_models_are_those_of_the_installation():
         (("decoder: {path: some/decoder}", ""), ["missing key decoder"]),
         (("name: mine", "name: mine: yours"), ["not valid YAML"]),
         ((MINIMAL, "- a\n- b\n"), ["no mapping"]),
+        (("list.csv", "[]"), ["source.urls: name a file, or a list of at least one, not []"]),
+        (("list.csv", "''"), ["source.urls: name a file"]),
+        (("list.csv", "[a.csv, ' ']"), ["source.urls: name a file"]),
+        (("list.csv", "~nobody-of-this-name/a.csv"), ["source.urls: no home directory is known"]),
+        (("train: {batch_size: 100000000000000000000, seed: 4294967296}",), ["train.batch_size", "train.seed"]),
+        (("train: {steps: 0x" + "f" * 5000 + "}",), ["train.steps", "a number of thousands of digits"]),
+        (("decoder: {path: some/decoder}", "decoder: {path: a/b, steps: 5000}"), ["decoder.steps", "equal to 1000"]),
+        (("name: mine", "name: 2020-13-45"), ["month must be in 1..12", "line 2"]),
+        (("train: {steps: " + "1" * 5000 + "}",), ["Exceeds the limit (4300 digits)", "line 6"]),
+        (("title: !!int ''",), ["this is no value", "line 6"]),
+        (("title: " + "[" * 20_000,), ["nested too deeply"]),
+        (("name: other",), ["the key name stands here a second time", "line 6"]),
+        (("train:\n  steps: 3\n  seed: 1\n  steps: 4",), ["the key steps stands here a second time", "line 9"]),
+        (("name: mine", 'name: "a\\0b"'), ["cannot be written (U+0000)", "line 2"]),
+        (('title: "\\ud800"',), ["cannot be written (U+D800)", "line 6"]),
     ],
 )
 def test_mistakes_name_file_key_and_what_is_allowed(tmp_path: Path, change: tuple[str, ...], said: list[str]):
@@ -112,6 +133,44 @@ def test_mistakes_name_file_key_and_what_is_allowed(tmp_path: Path, change: tupl
         Card.load(write(tmp_path, text))
     for words in (*said, str(tmp_path / "card.yaml")):
         assert words in str(caught.value)
+
+
+def floats() -> list[str]:
+    """section.key of every number that may have a fraction."""
+    sections = {**{n: f.annotation for n, f in Card.model_fields.items()}, "source": UrlSource}
+    return [
+        f"{section}.{field.alias or key}"
+        for section, model in sections.items()
+        if isinstance(model, type) and issubclass(model, BaseModel)
+        for key, field in model.model_fields.items()
+        if field.annotation in (float, float | None)
+    ]
+
+
+@pytest.mark.parametrize("key", floats())
+def test_a_number_that_is_not_finite_is_refused_everywhere(tmp_path: Path, key: str):
+    assert {"source.timeout_s", "train.lambda", "decoder.guidance_scale", "filter.min_aesthetic_score"} <= {*floats()}
+    data = yaml.safe_load(MINIMAL)
+    section, name = key.split(".")
+    for value in (float("inf"), float("-inf"), float("nan")):
+        changed = {**data, section: {**data.get(section, {}), name: value}}
+        with pytest.raises(UsageError, match=f"{key}: Input should be a finite number"):
+            Card.load(write(tmp_path, yaml.safe_dump(changed)))
+
+
+def test_every_whole_number_is_bounded():
+    sections = [ShapesSource, UrlSource, *(field.annotation for field in Card.model_fields.values())]
+    for model in sections:
+        for key, field in model.model_fields.items() if isinstance(model, type) and model is not str else ():
+            if field.annotation in (int, int | None):
+                assert any(hasattr(bound, "le") for bound in field.metadata), f"{model.__name__}.{key}"
+
+
+def test_a_merged_key_is_no_second_one(tmp_path: Path):
+    text = MINIMAL.replace("source: {", "source: &list {") + "evaluate: &a {seed: 1, rows: 9}\nrender: {seed: 2}\n"
+    merged = text.replace("render: {seed: 2}", "x: &x {seed: 3}\nrender: {<<: *x, seed: 2}")
+    with pytest.raises(UsageError, match="unknown key x"):  # and nothing else: `seed` overrides what is merged
+        Card.load(write(tmp_path, merged))
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -169,3 +169,19 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path
     save_file({name: x.contiguous() for name, x in prior.state_dict().items()}, file)
     with pytest.raises(EclipseError, match="not finite"):
         load_prior(tmp_path / "good")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 10**9), ("embedding_dim", 10**30), ("num_attention_heads", -1), ("num_layers", "8")],
+)
+def test_a_config_no_network_has_is_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
+    save_prior(Prior(TINY), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(EclipseError, match=f"{key} is .* not a whole number") as caught:
+        load_prior(tmp_path)
+    assert caught.value.where == str(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(EclipseError, match="cannot read the prior's config"):
+        load_prior(tmp_path)

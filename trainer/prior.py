@@ -80,6 +80,7 @@ FIXED = {
     "encoder_hid_proj_type": "linear",
     "norm_in_type": None,
 }
+MOST_LAYERS, LARGEST_DIMENSION = 1_000, 65_536  # beyond any network of this class: a damaged file builds no giant
 DIMENSIONS = tuple(PriorConfig.__dataclass_fields__)
 
 
@@ -151,7 +152,7 @@ def _find(dir_or_hub_id: Path | str) -> Path:
 def _read_config(path: Path) -> PriorConfig:
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EclipseError(f"cannot read the prior's config: {error}", where=str(path)) from error
     if not isinstance(config, dict) or config.get("_class_name") != "PriorTransformer":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
@@ -160,9 +161,10 @@ def _read_config(path: Path) -> PriorConfig:
         )
     dimensions = {}
     for name in DIMENSIONS:
-        value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise EclipseError(f"{name} is {value!r}, not a positive integer", where=str(path))
+        value, most = config.get(name), MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            what = f"{name} is {str(value)[:40]}, not a whole number from 1 to {most:,}"
+            raise EclipseError(what, where=str(path))
         dimensions[name] = value
     same = {"clip_embed_dim": dimensions["embedding_dim"], "embedding_proj_dim": dimensions["embedding_dim"]}
     for name, value in FIXED.items():
