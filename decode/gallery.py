@@ -19,7 +19,7 @@ MAX_GALLERY_PICTURES = 4000
 EMBED_BYTES = 24 * 2**20  # pictures up to this sum travel inside the page, larger sets stay files beside it
 DOTS = " A dot says whether a checker, reading pixels, found all that was asked: green yes, red no."
 SCORE = (
-    " The table's figures are shares of pictures in which nothing asked is missing; `eclipse evaluate` gives the mean"
+    " The table's figures are shares of pictures in which nothing asked is missing; eclipse evaluate gives the mean"
     " share of what was asked, which is never lower."
 )
 TILE = 132  # pixels of one picture on the sheet

@@ -100,6 +100,7 @@ class Lane:
         with (
             self._one_thread_each(),
             ThreadPoolExecutor(self._threads, "pool") as self._pool,
+            ThreadPoolExecutor(1, "finish") as self._finisher,
             LaneWriter(self.meta, report) as writer,
             LaneReader(tasks, lambda items: self._pool.submit(self._prepare, items), ahead) as reader,
         ):
@@ -208,7 +209,11 @@ class Lane:
             self._compute(self._encode_text, [rows[i] for i in order[batch]])
             for batch in _batches_of_tokens(n_tokens[order], budget)
         ]
-        writer.put(shard, self._compute(self._finish, rows, order, images, texts))
+        if self._cuda:
+            chunk = self._compute(self._finish, rows, order, images, texts)
+        else:  # it waits for its pieces: in the pool, it would keep a thread from encoding meanwhile
+            chunk = self._finisher.submit(self._finish, rows, order, images, texts)
+        writer.put(shard, chunk)
 
     def _encode_text(self, rows: list[Row]) -> tuple[Tensor, Tensor | None]:
         ids = torch.from_numpy(np.stack([row.tokens for row in rows]))
@@ -223,10 +228,7 @@ class Lane:
         images: list[Future[Tensor]],
         texts: list[Future[tuple[Tensor, Tensor | None]]],
     ) -> Chunk:
-        """Put the pieces of a chunk together and score its pairs.
-
-        Waiting here for pieces that run in the same pool cannot block it: they were all submitted before.
-        """
+        """Put the pieces of a chunk together, once they are there, and score its pairs."""
         image = torch.cat([future.result() for future in images])
         embeddings, states = zip(*(future.result() for future in texts), strict=True)
         text = torch.empty_like(image)

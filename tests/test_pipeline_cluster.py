@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -38,11 +40,9 @@ def test_two_nodes_share_the_shards(tmp_path: Path) -> None:
     # Whichever node starts first could finish so few shards alone. It gets stuck in shard 0, so the other makes 1 to 3
     # and gets stuck in 4, which leaves 5 to the first.
     for stuck, until in ((0, 3), (4, 5)):
-        tars[stuck].unlink()
-        os.mkfifo(tars[stuck])
         part = ws.embeddings / f"part-{until:05d}.parquet"
         part.unlink()
-        threading.Thread(target=_let_go, args=(tars[stuck], part), daemon=True).start()
+        threading.Thread(target=_let_go, args=(_hold(tars[stuck]), part), daemon=True).start()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
     try:
         cluster.add_node(num_cpus=1, num_gpus=0)
@@ -55,11 +55,17 @@ def test_two_nodes_share_the_shards(tmp_path: Path) -> None:
     Store.open(ws.embeddings).verify()
 
 
-def _let_go(pipe: Path, after: Path) -> None:
-    """Once the part `after` is there, let whoever waits in opening `pipe` go on: with an empty shard."""
+def _hold(file: Path) -> int:
+    """Make whoever opens `file` wait until `_let_go`: the kernel asks the holder of a lease first, for 45 s at most."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # how it asks
+    descriptor = os.open(file, os.O_RDWR)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    return descriptor
+
+
+def _let_go(descriptor: int, after: Path) -> None:
+    """Give the lease back once the part `after` is there."""
     deadline = time.monotonic() + 120
     while not after.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    with pipe.open("wb"):  # returns when both ends are open
-        pipe.unlink()
-        pipe.touch()
+    os.close(descriptor)
