@@ -40,7 +40,7 @@ class UsageError(EclipseError):
     exit_code = 2
 
 
-class Terminated(_Message, BaseException):
+class Terminated(_Message):
     """Stopped by SIGTERM after saving: exit code 143, so that a scheduler never mistakes it for done.
 
     Like KeyboardInterrupt no Exception: the signal may arrive inside a library call whose every failure is handled.

@@ -7,7 +7,6 @@ the raw text embedding in place of an image embedding. All arms share prompts an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +50,7 @@ def evaluate_shapes(ws: Workspace, progress: Progress, *, overwrite: bool = Fals
         EclipseError: no trained prior, weights that cannot be used, or changed settings without `overwrite`.
     """
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    if not overwrite and (done := ws.completed("evaluate", fingerprint)):
-        return done
-    with ws.redoing("evaluate") if overwrite else nullcontext():
-        ws.begin("evaluate", fingerprint)
-        summary = _evaluate(ws, progress)
-        ws.finish("evaluate", fingerprint, summary)
-    return summary
+    return ws.once("evaluate", fingerprint, lambda: _evaluate(ws, progress), overwrite=overwrite)
 
 
 def _evaluate(ws: Workspace, progress: Progress) -> dict[str, Any]:

@@ -30,7 +30,7 @@ OUTPUTS = {  # what a finished stage leaves for later ones and for people, as pa
     "embed": "embeddings/part-*.parquet",
     "filter": "selection.parquet",
     "train": "prior/final/*",
-    "render": "renders/**/*",
+    "render": "renders/default/**/*",
     "evaluate": "reports/evaluate.*",
 }
 
@@ -221,6 +221,18 @@ class Workspace:
         left = {str(path.relative_to(self.root)): path.stat().st_size for path in self._left_by(stage)}
         write_json(self._state_path(stage), asdict(StageState(stage, fingerprint, summary, _now(), card, left)))
         self._begun_path(stage).unlink(missing_ok=True)
+
+    def once(
+        self, stage: str, fingerprint: str, make: Callable[[], dict[str, Any]], *, overwrite: bool
+    ) -> dict[str, Any]:
+        """A stage that is made in one go: the stored summary if it is complete, else that of `make()`, recorded."""
+        if not overwrite and (done := self.completed(stage, fingerprint)):
+            return done
+        with self.redoing(stage) if overwrite else contextlib.nullcontext():
+            self.begin(stage, fingerprint)
+            summary = make()
+            self.finish(stage, fingerprint, summary)
+        return summary
 
     def reset(self, stage: str) -> None:
         """Forget that `stage`, and every stage built on it, was done. Its files are the stage's own to remove."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,13 +69,7 @@ def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     from ..pipeline.card import STAGE_SECTIONS
 
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    if not overwrite and (done := ws.completed("evaluate", fingerprint)):
-        return done
-    with ws.redoing("evaluate") if overwrite else nullcontext():
-        ws.begin("evaluate", fingerprint)
-        summary = _measure(ws, progress)
-        ws.finish("evaluate", fingerprint, summary)
-    return summary
+    return ws.once("evaluate", fingerprint, lambda: _measure(ws, progress), overwrite=overwrite)
 
 
 def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
