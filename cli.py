@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import present, show_summary
-from .progress import Progress
+from .pipeline.core.console import present, show_summary
+from .pipeline.core.progress import Progress
 
 app = typer.Typer(
     name="eclipse",
@@ -73,8 +73,8 @@ def run(
       eclipse run
       eclipse run --card coco -w coco --gpus 8
     """
-    from .results import show_run
-    from .stages import locate, run_all
+    from .pipeline.core.results import show_run
+    from .pipeline.core.stages import locate, run_all
 
     def work(progress: Progress) -> dict[str, Any]:
         ws = locate(card, workspace, default_card="shapes")
@@ -102,7 +102,7 @@ def init(
       eclipse init shapes my-shapes
       eclipse init my-card.yaml /data/mine && cd /data/mine && eclipse download
     """
-    from .stages import locate
+    from .pipeline.core.stages import locate
 
     def work(progress: Progress) -> dict[str, Any]:
         ws = locate(card, directory)
@@ -127,7 +127,7 @@ def cards(
       eclipse cards
       eclipse cards coco > my-card.yaml
     """
-    from .results import read_cards, show_cards
+    from .pipeline.core.results import read_cards, show_cards
 
     present(lambda progress: read_cards(name), show_cards, as_json=as_json, debug=debug)
 
@@ -141,9 +141,9 @@ def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) 
       eclipse status
       eclipse status -w eclipse-shapes --json
     """
-    from .pipeline.status import gather
-    from .results import show_status
-    from .stages import locate
+    from .pipeline.core.results import show_status
+    from .pipeline.core.stages import locate
+    from .pipeline.core.status import gather
 
     present(lambda progress: gather(locate(None, workspace)), show_status, as_json=as_json, debug=debug)
 
@@ -162,8 +162,8 @@ def doctor(
       eclipse doctor
       eclipse doctor --card cc12m
     """
-    from .pipeline.doctor import examine
-    from .results import show_doctor
+    from .pipeline.core.doctor import examine
+    from .pipeline.core.results import show_doctor
 
     def work(progress: Progress) -> dict[str, Any]:
         return examine(card, workspace, progress)
@@ -372,7 +372,7 @@ def export(
     Examples:
       eclipse export my-prior
     """
-    from .stages import export_prior, locate
+    from .pipeline.core.stages import export_prior, locate
 
     def work(progress: Progress) -> dict[str, Any]:
         return export_prior(locate(None, workspace), directory, progress, overwrite=overwrite)
@@ -417,8 +417,8 @@ def lab(
       eclipse lab reduction --json > reduction.json
       eclipse lab sweep -o sweep
     """
-    from .results import show_experiment
-    from .stages import run_experiment
+    from .pipeline.core.results import show_experiment
+    from .pipeline.core.stages import run_experiment
 
     dials = {"held_out": held_out, "pairs": pairs, "seeds": seeds, "steps": steps, "prompts": prompts}
 
@@ -440,8 +440,8 @@ def _stage(
     **options: Any,
 ) -> None:
     """Call one stage and print its summary. Options left at None are the stage's own to decide."""
-    from .results import show_stage
-    from .stages import cluster_option, locate, run_stage
+    from .pipeline.core.results import show_stage
+    from .pipeline.core.stages import cluster_option, locate, run_stage
 
     def work(progress: Progress) -> dict[str, Any]:
         where = cluster_option(stage, cluster)

@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 
 from ..lab.drawing import draw
 from ..lab.shapes import World
-from ..pipeline.card import Card
-from ..pipeline.embed import BATCH_SIZES, plan
-from ..pipeline.encoder import Encoder
-from ..pipeline.images import Sample, decode, read_shard
-from ..pipeline.lane import TOKENS_PER_PICTURE, LaneSpec
-from ..pipeline.workspace import Workspace
+from ..pipeline.core.card import Card
+from ..pipeline.core.workspace import Workspace
+from ..pipeline.embed.clip import Encoder
+from ..pipeline.embed.lane import TOKENS_PER_PICTURE, LaneSpec
+from ..pipeline.embed.stage import BATCH_SIZES, plan
+from ..pipeline.images.decode import Sample, decode, read_shard
 from .results import arguments, hardware, record, table
 
 END_TO_END = "eclipse embed, end to end"

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..errors import EclipseError
-from ..pipeline.embed import BATCH_SIZES, plan
-from ..pipeline.lane import LaneSpec
-from ..pipeline.store import Store
-from ..pipeline.workspace import Workspace
+from ..pipeline.cache.store import Store
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.workspace import Workspace
+from ..pipeline.embed.lane import LaneSpec
+from ..pipeline.embed.stage import BATCH_SIZES, plan
 from .embed import make_shards, make_workspace, random_clip
 from .results import arguments, hardware, record, table
 

@@ -20,12 +20,12 @@ import numpy as np
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
-from ..errors import EclipseError
-from ..pipeline.embed import BATCH_SIZES, embed
-from ..pipeline.encoder import Encoder
-from ..pipeline.store import Store
-from ..pipeline.workspace import Workspace
-from ..progress import Progress
+from ..pipeline.cache.store import Store
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.progress import Progress
+from ..pipeline.core.workspace import Workspace
+from ..pipeline.embed.clip import Encoder
+from ..pipeline.embed.stage import BATCH_SIZES, embed
 from .embed import make_workspace, random_clip
 from .results import arguments, hardware, record, table
 

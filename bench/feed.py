@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..pipeline.store import Store
-from ..trainer.batches import Batches
-from ..trainer.prior import PRESETS, Prior
+from ..pipeline.cache.store import Store
+from ..trainer.data.batches import Batches
+from ..trainer.model.prior import PRESETS, Prior
 from .made_cache import forget, make_cache, warm
 from .results import arguments, hardware, record, table
 

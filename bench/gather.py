@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..pipeline.store import Store
+from ..pipeline.cache.store import Store
 from .made_cache import make_cache
 from .results import arguments, hardware, record, table
 

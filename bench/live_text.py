@@ -16,10 +16,10 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from ..pipeline.encoder import Encoder
-from ..pipeline.part import PartWriter, part_name
-from ..pipeline.store import PartMeta, Store
-from ..trainer.live_text import LiveText
+from ..pipeline.cache.part import PartWriter, part_name
+from ..pipeline.cache.store import PartMeta, Store
+from ..pipeline.embed.clip import Encoder
+from ..trainer.data.live_text import LiveText
 from .made_cache import caption_lengths
 from .results import arguments, hardware, record, table
 

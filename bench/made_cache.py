@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipeline.store import PartMeta, PartWriter, Store, part_name
+from ..pipeline.cache.store import PartMeta, PartWriter, Store, part_name
 
 POOL_ROWS = 2048  # rows are cut from a pool at changing places: drawing every number would take longer than writing it
 MEAN_TOKENS = 13.0  # COCO's captions under CLIP's tokenizer, start and end included

@@ -16,7 +16,7 @@ from .results import arguments, hardware, record, table
 ROWS_A_PART, DIM = 4, 1280
 OPEN = """
 import resource, sys, time
-from eclipse.pipeline.store import Store
+from eclipse.pipeline.cache.store import Store
 held = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before, began = held(), time.perf_counter()
 store = Store.open(sys.argv[1])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..decode.conditioning import load_encoder, pick_device
 from ..lab.trial import Arm, Setting, Trial
-from ..pipeline.card import Card
-from ..progress import Progress
+from ..pipeline.core.card import Card
+from ..pipeline.core.progress import Progress
 from .results import arguments, hardware, record, table
 
 CONTENDERS = (("muon", 6e-3), ("adamw", 1e-3), ("adamw", 2e-3), ("adamw", 4e-3), ("adamw", 8e-3))

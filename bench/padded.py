@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..trainer.prior import PackedText, Prior, PriorConfig
+from ..trainer.model.prior import PackedText, Prior, PriorConfig
 
 
 class PaddedPrior(nn.Module):

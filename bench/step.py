@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pipeline.store import Store
-from ..trainer.batches import Batches
-from ..trainer.objective import Draw, Objective
-from ..trainer.prior import PRESETS, Prior
-from ..trainer.transformer import PackedText
+from ..pipeline.cache.store import Store
+from ..trainer.data.batches import Batches
+from ..trainer.loss import Draw, Objective
+from ..trainer.model.prior import PRESETS, Prior
+from ..trainer.model.transformer import PackedText
 from .made_cache import make_cache
 from .padded import PaddedPrior, pad
 from .results import arguments, hardware, record, table

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import EclipseError
-from ..pipeline.workspace import atomic_path
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.workspace import atomic_path
 from .decoder import Captions, Unconditional
 from .job import TEXT_PRIOR
 
 if TYPE_CHECKING:
-    from ..pipeline.card import Card
-    from ..pipeline.encoder import Encoder, TextFeatures
-    from ..pipeline.workspace import Workspace
-    from ..progress import Progress
-    from ..trainer.prior import PackedText
+    from ..pipeline.core.card import Card
+    from ..pipeline.core.progress import Progress
+    from ..pipeline.core.workspace import Workspace
+    from ..pipeline.embed.clip import Encoder, TextFeatures
+    from ..trainer.model.prior import PackedText
 
 CHUNK = 256
 PRIOR_STREAM = 2**32  # a decoder draws from the bare seed, as stock diffusers does; the prior's noise is another stream
@@ -38,7 +38,7 @@ class Texts:
 
     def packed(self, rows: Sequence[int]) -> PackedText:
         """The token states of some captions end to end, in the order of `rows`."""
-        from ..trainer.prior import PackedText
+        from ..trainer.model.prior import PackedText
 
         pieces = [self.states[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         lengths = torch.tensor([0, *(len(piece) for piece in pieces)], device=self.states.device)
@@ -54,8 +54,8 @@ def pick_device() -> str:
 
 def load_encoder(card: Card, device: str) -> Encoder:
     """The card's CLIP."""
-    from ..pipeline.card import resolve
-    from ..pipeline.encoder import Encoder
+    from ..pipeline.core.card import resolve
+    from ..pipeline.embed.clip import Encoder
 
     section = card.encoder
     return Encoder.load(resolve(section.model), section.pretrained, precision=section.precision, device=device)
@@ -90,7 +90,7 @@ def predict(prior: str, texts: Texts, rows: Sequence[int], seeds: Sequence[int],
     index = torch.as_tensor(list(rows))
     if prior == TEXT_PRIOR:
         return texts.embedding.cpu()[index]
-    from ..trainer.prior import load_prior, sample
+    from ..trainer.model.prior import load_prior, sample
 
     model = load_prior(prior, device=device)
     dim = texts.embedding.shape[1]

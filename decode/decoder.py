@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..errors import UsageError
+from ..pipeline.core.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..pipeline.pages import PIXEL_ART, write_page
-from ..pipeline.workspace import atomic_path
+from ..pipeline.core.workspace import atomic_path
+from ..pipeline.report.page import PIXEL_ART, write_page
 
 MAX_SHEET_PROMPTS = 24
 MAX_GALLERY_PICTURES = 4000

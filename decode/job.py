@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..errors import EclipseError, UsageError
-from ..pipeline.card import MAX_DENOISING_STEPS, Scheduler, resolve
+from ..pipeline.core.card import MAX_DENOISING_STEPS, Scheduler, resolve
+from ..pipeline.core.errors import EclipseError, UsageError
 from .layouts import DEFAULT_SAMPLES, Picture, plan
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 
 if TYPE_CHECKING:
-    from ..pipeline.card import DecoderSection
-    from ..pipeline.workspace import Workspace
+    from ..pipeline.core.card import DecoderSection
+    from ..pipeline.core.workspace import Workspace
 
 SHAPES_PROMPTS_PER_CATEGORY = 4
 TEXT_PRIOR = "text"  # in place of a prior: the raw text embedding, the baseline every comparison needs

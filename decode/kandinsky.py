@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import EclipseError, UsageError
+from ..pipeline.core.errors import EclipseError, UsageError
 from .decoder import Captions, Unconditional, generators_of, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
 

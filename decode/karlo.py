@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..errors import EclipseError, UsageError
+from ..pipeline.core.errors import EclipseError, UsageError
 from .decoder import Captions, Unconditional, generators_of, picture_noise, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError
+from ..pipeline.core.errors import UsageError
 from .prompts import Prompt
 
 # How many samples a prompt gets when nothing is said: what each scorer expects.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import EclipseError, UsageError
-from ..pipeline.workspace import TEMPORARY_PREFIX, write_json
+from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.workspace import TEMPORARY_PREFIX, write_json
 
 NAME = "manifest.json"
 PAGES = ("index.html", "contact_sheet.png")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..pipeline.core.errors import UsageError
 
 if TYPE_CHECKING:
     from ..lab.shapes import Prompt as ShapesPrompt
     from ..lab.shapes import World
-    from ..pipeline.card import Card
+    from ..pipeline.core.card import Card
 
 MAX_CHARACTERS = 2000  # a CLIP caption ends at 77 tokens; a line longer than this is not a prompt
 FORMATS = (".txt", ".jsonl", ".tsv", ".csv")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EclipseError, UsageError
-from ..pipeline.card import STAGE_SECTIONS
-from ..pipeline.workspace import atomic_path
+from ..pipeline.core.card import STAGE_SECTIONS
+from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.workspace import atomic_path
 from . import manifest
 from .job import Job, Options, plan_job
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..lab.shapes import Prompt as ShapesPrompt
-    from ..pipeline.workspace import Workspace
-    from ..progress import Progress
+    from ..pipeline.core.progress import Progress
+    from ..pipeline.core.workspace import Workspace
     from .decoder import Captions, Decoder
     from .gallery import Entry, Shot
     from .layouts import Picture
@@ -149,7 +149,7 @@ def _own_pictures(folder: Path) -> list[str]:
 
 def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture]) -> _Models:
     """What the missing pictures need. Encoder, prior and decoder are in memory one after the other, never together."""
-    from ..pipeline.card import resolve
+    from ..pipeline.core.card import resolve
     from .conditioning import encode_texts, load_encoder, pick_device, predict, unconditional
     from .decoder import load_decoder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import EclipseError
+from ..pipeline.core.errors import EclipseError
 
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ..pipeline.pages import data_uri
+from ..pipeline.report.page import data_uri
 from .reading import Reading, Seen
 from .shapes import IMAGE_SIZE
 

@@ -12,8 +12,8 @@ from typing import Annotated
 import torch
 import typer
 
-from ..pipeline.card import MODELS, Card
-from ..progress import Progress
+from ..pipeline.core.card import MODELS, Card
+from ..pipeline.core.progress import Progress
 from . import build_clip, build_movq, build_unet
 from .build_run import Pictures
 from .model_card import write_model_card

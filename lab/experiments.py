@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UsageError
-from ..pipeline.card import Card, ShapesSource
-from ..pipeline.workspace import Workspace, write_json
+from ..pipeline.core.card import Card, ShapesSource
+from ..pipeline.core.errors import UsageError
+from ..pipeline.core.workspace import Workspace, write_json
 from .shapes import CATEGORIES, World
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from ..pipeline.core.progress import Progress
     from .trial import Arm, Trial
 
 EXPERIMENTS = ("world", "separation", "reduction", "sweep")

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..pipeline.charts import dots
-from ..pipeline.pages import data_uri, write_page
+from ..pipeline.report.charts import dots
+from ..pipeline.report.page import data_uri, write_page
 from .shapes import CATEGORIES
 
 ARM_NAMES = {

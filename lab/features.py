@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..pipeline.encoder import Encoder
-from ..pipeline.images import thumbnail, uid_of
-from ..pipeline.part import PartMeta, PartWriter, part_name
-from ..pipeline.workspace import atomic_path
-from ..progress import Progress
+from ..pipeline.cache.part import PartMeta, PartWriter, part_name
+from ..pipeline.core.progress import Progress
+from ..pipeline.core.workspace import atomic_path
+from ..pipeline.embed.clip import Encoder
+from ..pipeline.images.decode import thumbnail, uid_of
 from .drawing import draw
 from .shapes import IMAGE_SIZE, Scene
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UsageError
-from ..pipeline.card import Card
-from ..pipeline.pages import data_uri, write_page
-from ..progress import Progress
+from ..pipeline.core.card import Card
+from ..pipeline.core.errors import UsageError
+from ..pipeline.core.progress import Progress
+from ..pipeline.report.page import data_uri, write_page
 from .accuracy import Confusion, blur_and_jpeg, measure
 from .annotate import annotated
 from .captions import open_categories

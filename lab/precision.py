@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..pipeline.store import Store
-from ..pipeline.workspace import Workspace
+from ..pipeline.cache.store import Store
+from ..pipeline.core.workspace import Workspace
 from .truth import Planted, planted, row_of
 
 COPY_REASONS = ("exact_copy", "near_copy")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ..decode.conditioning import encode_texts, load_encoder, pick_device
 from ..decode.decoder import Unconditional, load_decoder
-from ..pipeline.card import Card, resolve
-from ..progress import Progress
+from ..pipeline.core.card import Card, resolve
+from ..pipeline.core.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,19 @@ import numpy as np
 
 from ..decode.job import TEXT_PRIOR, prior_identity
 from ..decode.layouts import picture_seed
-from ..errors import EclipseError
-from ..pipeline.card import STAGE_SECTIONS, ShapesSource, resolve
-from ..pipeline.workspace import write_json
+from ..pipeline.core.card import STAGE_SECTIONS, ShapesSource, resolve
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.workspace import write_json
 from .shapes import CATEGORIES, Prompt, World
 
 if TYPE_CHECKING:
     import torch
 
     from ..decode.conditioning import Texts
-    from ..pipeline.card import Card
-    from ..pipeline.encoder import Encoder
-    from ..pipeline.workspace import Workspace
-    from ..progress import Progress
+    from ..pipeline.core.card import Card
+    from ..pipeline.core.progress import Progress
+    from ..pipeline.core.workspace import Workspace
+    from ..pipeline.embed.clip import Encoder
     from .checker import Verdict
 
 ARMS = ("prior", "oracle", "text")

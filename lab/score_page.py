@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pipeline.pages import write_page
+from ..pipeline.report.page import write_page
 from .shapes import CATEGORIES, Prompt
 
 if TYPE_CHECKING:
-    from ..pipeline.card import Card
+    from ..pipeline.core.card import Card
     from .score import Shot
 
 SHOWN_PER_GROUP = 3  # prompts a category and split

@@ -26,15 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..errors import EclipseError
-from ..pipeline.url_list import UrlList
-from ..pipeline.workspace import Workspace, atomic_path
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.workspace import Workspace, atomic_path
+from ..pipeline.download.url_list import UrlList
 from .drawing import draw
 from .shapes import World
 from .truth import Planted, caption_of, planted
 
 if TYPE_CHECKING:
-    from ..pipeline.card import ShapesSource
+    from ..pipeline.core.card import ShapesSource
 
 HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)  # below the range from which systems lend ports to outgoing connections

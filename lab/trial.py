@@ -18,21 +18,21 @@ import numpy as np
 from ..decode.conditioning import encode_texts, pick_device, predict, unconditional
 from ..decode.job import TEXT_PRIOR
 from ..decode.layouts import picture_seed
-from ..pipeline.card import Card, resolve
-from ..pipeline.store import Store
-from ..pipeline.workspace import Workspace, atomic_path, write_json
-from ..progress import Progress
+from ..pipeline.cache.store import Store
+from ..pipeline.core.card import Card, resolve
+from ..pipeline.core.progress import Progress
+from ..pipeline.core.workspace import Workspace, atomic_path, write_json
 from ..trainer.distributed import count_gpus
 from ..trainer.evaluate import embedding_metrics
-from ..trainer.prior import load_prior
-from ..trainer.setup import Job
-from ..trainer.train import work
+from ..trainer.loop import work
+from ..trainer.model.prior import load_prior
+from ..trainer.run import Job
 from .features import Features, encode_pairs, write_cache, write_selection
 from .score import FRESH, SCENE_SPLIT, SPLITS, category_means, decode_pictures, encode_scenes, judge_pictures
 from .shapes import CATEGORIES, Prompt, Scene, World
 
 if TYPE_CHECKING:
-    from ..pipeline.encoder import Encoder
+    from ..pipeline.embed.clip import Encoder
 
 _CAPTION = 29  # stream of the seed for the captions of the training scenes
 EMBEDDING_FIGURES = {  # our name → that of trainer.evaluate

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from eclipse.cli import app
-from eclipse.console import plain
-from eclipse.errors import EclipseError, Terminated
-from eclipse.pipeline.card import STAGE_SECTIONS, Card
-from eclipse.pipeline.workspace import STAGES, Workspace
+from eclipse.pipeline.core.card import STAGE_SECTIONS, Card
+from eclipse.pipeline.core.console import plain
+from eclipse.pipeline.core.errors import EclipseError, Terminated
+from eclipse.pipeline.core.workspace import STAGES, Workspace
 from typer.testing import CliRunner
 
 COMMANDS = ["run", "init", "cards", "status", "doctor", *STAGES, "export", "lab"]
@@ -54,7 +54,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path):
         "import sys; from eclipse.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'pyarrow', 'eclipse.pipeline'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'pyarrow', 'eclipse.pipeline.core.card'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -185,7 +185,7 @@ def test_under_torchrun_only_the_first_process_takes_the_lock(ws: Workspace, mon
 WORKING = """
 import sys, time
 import multiprocessing
-from eclipse import console
+from eclipse.pipeline.core import console
 import typer
 
 app = typer.Typer()
@@ -241,7 +241,7 @@ def test_whatever_a_stage_raises_becomes_one_message(
     def fail(*_: object, **__: object) -> dict:
         raise error
 
-    monkeypatch.setattr("eclipse.pipeline.filter.filter_cache", fail)
+    monkeypatch.setattr("eclipse.pipeline.filter.stage.filter_cache", fail)
     result = CliRunner().invoke(app, ["filter", "-w", str(ws.root)])
     assert result.exit_code == code
     for words in said:
@@ -254,7 +254,7 @@ def test_the_traceback_of_a_defect_is_kept_for_later(ws: Workspace, monkeypatch:
     def fail(*_: object, **__: object) -> dict:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("eclipse.pipeline.filter.filter_cache", fail)
+    monkeypatch.setattr("eclipse.pipeline.filter.stage.filter_cache", fail)
     CliRunner().invoke(app, ["filter", "-w", str(ws.root)])
     assert "ZeroDivisionError" in (ws.logs / "tracebacks.txt").read_text()
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import EclipseError
-from ..pipeline.workspace import TEMPORARY_PREFIX, atomic_path, write_json
+from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.workspace import TEMPORARY_PREFIX, atomic_path, write_json
 from .guard import Guard
 
 STATE = "state.json"

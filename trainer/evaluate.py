@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import EclipseError
-from ..pipeline.store import Store
-from .batches import read_batch
-from .feeds import StatesFrom
-from .live_text import live_text
-from .prior import Prior, load_prior, sample
-from .split import split
+from ..pipeline.cache.store import Store
+from ..pipeline.core.errors import EclipseError
+from .data.batches import read_batch
+from .data.feeds import StatesFrom
+from .data.live_text import live_text
+from .data.split import split
+from .model.prior import Prior, load_prior, sample
 
 if TYPE_CHECKING:
-    from ..pipeline.workspace import Workspace
-    from ..progress import Progress
-    from .diffusion import DiffusionPrior
+    from ..pipeline.core.progress import Progress
+    from ..pipeline.core.workspace import Workspace
+    from .model.diffusion import DiffusionPrior
 
 CHUNK = 256
 
@@ -66,7 +66,7 @@ def embedding_metrics(
 
 def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
     """The stage for cards whose pictures cannot be read back: the trained prior on the rows held back from training."""
-    from ..pipeline.card import STAGE_SECTIONS
+    from ..pipeline.core.card import STAGE_SECTIONS
 
     fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
     return ws.once("evaluate", fingerprint, lambda: _measure(ws, progress), overwrite=overwrite)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import EclipseError
+from ..pipeline.core.errors import EclipseError
 
 SPIKE = 3.0  # times the running mean of the loss
 SETTLING = 50  # steps before the running mean means anything

@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from ..errors import EclipseError, Terminated
+from ..pipeline.core.errors import EclipseError, Terminated
 
 GRACE_S = 30.0  # for the others to notice that one of them failed
 

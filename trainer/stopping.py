@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-from ..errors import Terminated
+from ..pipeline.core.errors import Terminated
 
 
 class StopSignals:

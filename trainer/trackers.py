@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
+from ..pipeline.core.errors import UsageError
 
 EVERY = 10  # steps between training figures; metrics.jsonl has them all
 

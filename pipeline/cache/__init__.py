@@ -1,0 +1,1 @@
+"""The embedding part and its memory-mapped reader."""

@@ -1,0 +1,424 @@
+"""A data card: what to fetch, which encoder, which rules, which prior and decoder. Read by every stage."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UsageError
+from .workspace import CARD_NAME, atomic_path
+
+INSTALLATION = Path(__file__).resolve().parents[2]
+CARDS = INSTALLATION / "data_cards"
+MODELS = INSTALLATION / "lab" / "models"
+
+# Far above what anybody means, and below what the libraries behind a key break on.
+MANY = 1_000_000_000
+MAX_SEED = 2**32 - 1  # a row's seed is this times a million, and generators take 64 bits
+MAX_IMAGE_SIZE = 4096
+MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
+
+Scheduler = Literal["ddpm", "ddim"]
+
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "download": ("source",),
+    "embed": ("source", "encoder"),
+    "filter": ("source", "encoder", "filter"),
+    "train": ("source", "encoder", "filter", "prior", "train"),
+    "render": ("source", "encoder", "filter", "prior", "train", "decoder", "render"),
+    "evaluate": ("source", "encoder", "filter", "prior", "train", "decoder", "evaluate"),
+}
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and numbers that are not finite are refused; nothing changes once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class FetchOptions(Section):
+    """How pictures are fetched and stored; the same for every source."""
+
+    image_size: int = Field(
+        256, ge=16, le=MAX_IMAGE_SIZE, description="side in pixels that stored pictures are resized to"
+    )
+    resize_mode: Literal["no", "border", "keep_ratio", "center_crop"] = Field(
+        "keep_ratio", description="img2dataset's resize mode; pictures are never enlarged"
+    )
+    rows_per_shard: int = Field(10_000, ge=1, le=MANY, description="rows of the URL list in one shard")
+    timeout_s: float = Field(10.0, gt=0, le=3600, description="seconds allowed for one URL")
+    retries: int = Field(2, ge=0, le=100, description="further passes over URLs that failed")
+
+
+class ShapesSource(FetchOptions):
+    """The closed world of coloured shapes, served over HTTP on the loopback address."""
+
+    kind: Literal["shapes"] = Field("shapes", description="shapes: the world that ships with the installation")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the world's scenes, captions and planted dirt")
+    rows: int = Field(8000, ge=1, le=100_000_000, description="rows of the served list, dirt included")
+    held_out: float = Field(0.15, ge=0, lt=1, description="share of (color, shape) compositions kept out of training")
+
+
+class UrlSource(FetchOptions):
+    """A list of image URLs and captions that the user has."""
+
+    kind: Literal["urls"] = Field("urls", description="urls: a list of your own")
+    urls: str | list[str] = Field(
+        description="Parquet, CSV, TSV, JSONL file(s), relative to the card's file; a shipped card's: to the workspace"
+    )
+    url_column: str = Field("url", description="column with the image URL")
+    caption_column: str = Field("caption", description="column with the caption")
+    expected_rows: int | None = Field(
+        None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _name_files(cls, urls: str | list[str]) -> str | list[str]:
+        names = [urls] if isinstance(urls, str) else urls
+        if not names or not all(name.strip() for name in names):
+            raise ValueError("name a file, or a list of at least one")
+        for name in names:
+            try:
+                Path(name).expanduser()
+            except RuntimeError:
+                raise ValueError("no home directory is known for the ~ here") from None
+        return urls
+
+    def paths(self, root: Path) -> list[Path]:
+        """The list's files; `root` is the workspace's directory."""
+        names = [self.urls] if isinstance(self.urls, str) else self.urls
+        return [root / Path(name).expanduser() for name in names]
+
+
+class EncoderSection(Section):
+    """Which CLIP makes the features."""
+
+    model: str = Field(description="open_clip model name, hf-hub:… or local-dir:…; {models} is the installation's own")
+    pretrained: str | None = Field(None, description="open_clip weights tag; null where the model name says it all")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the forward pass")
+    text_states: bool = Field(True, description="store token states, or run the text tower again while training")
+    aesthetic: str | None = Field(
+        None, description="linear head on the unit image embedding: laion, PATH or URL#sha256=HEX"
+    )
+    safety: str | None = Field(None, description="the same for a safety score, the higher the less safe; PATH or URL")
+
+
+class FilterSection(Section):
+    """Rules that decide which embedded rows are trained on, applied in this order; null switches a rule off."""
+
+    min_side: int | None = Field(None, ge=1, le=MANY, description="least width and height in pixels, as stored")
+    max_aspect_ratio: float | None = Field(None, ge=1, description="largest ratio of the longer to the shorter side")
+    min_caption_length: int | None = Field(None, ge=1, le=MANY, description="fewest characters of a caption")
+    max_caption_length: int | None = Field(None, ge=1, le=MANY, description="most characters of a caption")
+    min_aesthetic_score: float | None = Field(None, description="least aesthetic score, where the encoder has a head")
+    max_safety_score: float | None = Field(None, description="largest safety score, where the card names a head")
+    min_clip_score: float | None = Field(None, ge=-1, le=1, description="least cosine of picture and caption")
+    min_clip_score_quantile: float | None = Field(
+        None, ge=0, lt=1, description="share of the remaining rows with the lowest picture–caption cosine to drop"
+    )
+    wrong_caption: float | None = Field(
+        None, gt=0, le=1, description="drop captions that belong elsewhere with at least this probability"
+    )
+    exact_copies: Literal["image", "pair"] | None = Field(
+        "image", description="image: same bytes at another URL are copies; pair: only if the caption is the same too"
+    )
+    near_copy_cosine: float | None = Field(0.92, gt=0, le=1, description="near copies: least image-embedding cosine")
+    near_copy_thumbnail: float = Field(0.8, gt=0, le=1, description="near copies: least concordance of thumbnails")
+    near_copy_picture: float | None = Field(
+        0.95, gt=0, le=1, description="near copies: least correlation of the pictures laid over each other; null: skip"
+    )
+    semantic_cosine: float | None = Field(
+        None, gt=0, le=1, description="least image-embedding cosine of pictures that show the same; published: 0.95"
+    )
+    keep: Literal["first", "best"] = Field("first", description="which copy stays: first row, or best clip_score")
+
+
+class PriorSection(Section):
+    """Which network is trained."""
+
+    preset: Literal["tiny", "small", "karlo", "kandinsky22", "large"] = Field(
+        "small", description="size of the prior; karlo and kandinsky22 are the published ones"
+    )
+
+
+class TrainSection(Section):
+    """How the prior is trained."""
+
+    arm: Literal["eclipse", "projection", "diffusion"] = Field(
+        "eclipse", description="eclipse, or a baseline of the same size: projection is lambda 0; diffusion"
+    )
+    steps: int = Field(60_000, ge=1, le=MANY, description="optimizer steps")
+    batch_size: int = Field(
+        1024, ge=2, le=10_000_000, description="rows in the global batch; all are contrasted with each other"
+    )
+    microbatch: int | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="rows a device takes at once, where a batch does not fit; changes no result",
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised updates for the matrices (arXiv 2502.16982), AdamW for the rest"
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="peak of the schedule")
+    warmup: int = Field(500, ge=0, le=MANY, description="steps of linear warm-up before the cosine")
+    restarts: int = Field(0, ge=0, le=MANY, description="warm restarts: the cosine runs restarts + 1 times")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
+    lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
+    temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one")
+    projection_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="squared error over the D dimensions: sum makes lambda's effect D times smaller"
+    )
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weights' moving average, which is what is exported")
+    clip_gradient: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast precision on a GPU; a CPU uses fp32")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of weights, order and noise")
+    validation: float = Field(0.01, gt=0, lt=1, description="fraction of image groups held back for validation")
+    validate_every: int = Field(1000, ge=1, le=MANY, description="steps between validations")
+    checkpoint_every: int = Field(1000, ge=1, le=MANY, description="steps between checkpoints")
+    resident: bool = Field(False, description="hold the selected cache on the device; refused where it does not fit")
+    block_rows: int = Field(
+        1,
+        ge=1,
+        le=MANY,
+        description="above 1: shuffle blocks of so many rows, where the cache is far larger than memory",
+    )
+    wandb: str | None = Field(None, description="project on Weights & Biases that gets the metrics too")
+
+
+class DecoderSection(Section):
+    """What turns image embeddings into pictures."""
+
+    kind: Literal["kandinsky22", "karlo"] = Field("kandinsky22", description="family of the decoder")
+    path: str = Field(description="directory or hub id; {models} is the installation's own")
+    steps: int = Field(50, ge=1, le=MAX_DENOISING_STEPS, description="denoising steps")
+    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 is none")
+    image_size: int = Field(512, ge=16, le=MAX_IMAGE_SIZE, description="side of the pictures in pixels")
+    scheduler: Scheduler | None = Field(None, description="null: the one that comes with the decoder")
+
+
+class RenderSection(Section):
+    """What `eclipse render` makes when no prompts file is named."""
+
+    prompts: list[str] = Field(default_factory=list, description="prompts rendered by default")
+    samples: int = Field(4, ge=1, le=10_000, description="pictures a prompt")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the noise; prompt and sample number are mixed in")
+
+
+class EvaluateSection(Section):
+    """How much `eclipse evaluate` measures."""
+
+    prompts_per_category: int = Field(
+        20, ge=1, le=10_000, description="prompts a category and split, for sources with categories"
+    )
+    rows: int = Field(2000, ge=2, le=MANY, description="validation rows for the metrics in embedding space, at most")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of prompts and noise")
+
+
+Source = Annotated[ShapesSource | UrlSource, Field(discriminator="kind")]
+
+
+class Card(Section):
+    """Everything a workspace needs to know before it starts."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="short name")
+    title: str = Field("", description="one line for `eclipse cards`")
+    description: str = Field("", description="what it is, where the list comes from, what to expect")
+    licence: str = Field("", description="licence of the list and of the pictures")
+    source: Source
+    encoder: EncoderSection
+    filter: FilterSection = FilterSection()  # type: ignore[call-arg]
+    prior: PriorSection = PriorSection()  # type: ignore[call-arg]
+    train: TrainSection = TrainSection()  # type: ignore[call-arg]
+    decoder: DecoderSection
+    render: RenderSection = RenderSection()  # type: ignore[call-arg]
+    evaluate: EvaluateSection = EvaluateSection()  # type: ignore[call-arg]
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Card:
+        """Read a card by its name (`shapes`) or its path. UsageError names file, key and the allowed values."""
+        path = find_card(name_or_path)
+        try:
+            loader = _Loader(path.read_text(encoding="utf-8"))
+            loader.name = path.name  # what the messages call it
+            data = loader.get_single_data()
+        except OSError as error:
+            raise UsageError(f"cannot read the card: {error.strerror}", where=str(path)) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"the card is not valid YAML: {error}", where=str(path)) from error
+        except RecursionError:
+            raise UsageError("the card is nested too deeply", where=str(path)) from None
+        if not isinstance(data, dict):
+            raise UsageError("the card is empty or no mapping", where=str(path), hint="see `eclipse cards shapes`")
+        try:
+            return cls.model_validate(_absolute_urls(data, path))
+        except ValidationError as error:
+            raise UsageError(_explain(error), where=str(path), hint="`eclipse cards shapes` shows every key") from error
+
+    def fingerprint(self, *sections: str) -> str:
+        """SHA-256 over the canonical JSON of these sections (none named: of all that stages read).
+
+        Keys that are null do not count: an option added later, and left out, changes no fingerprint.
+        """
+        chosen = set(sections) or set(SECTIONS)
+        data = self.model_dump(mode="json", by_alias=True, include=chosen, exclude_none=True)
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def differences(self, other: Card) -> list[str]:
+        """`train.steps: 100 → 200` for every key of the sections in which `other` differs."""
+        return differences(self.model_dump(mode="json", by_alias=True), other.model_dump(mode="json", by_alias=True))
+
+    def dump(self, path: Path) -> None:
+        """Write the resolved card, every key spelled out."""
+        text = yaml.safe_dump(
+            self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110
+        )
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also refuses a key given twice, and names the line of a value that is none."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _at(key, f"the key {key.value} stands here a second time")
+                seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, AttributeError) as error:
+            # How PyYAML fails on what looks like a date or a number and is none: 2020-13-45, 5,000 digits, !!int "".
+            raise _at(node, f"this is no value: {str(error).partition(';')[0]}") from None
+        if isinstance(value, str) and (odd := next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)):
+            raise _at(node, f"a character that cannot be written (U+{ord(odd):04X})")
+        return value
+
+
+def _at(node: yaml.Node, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+SECTIONS = ("source", "encoder", "filter", "prior", "train", "decoder", "render", "evaluate")
+
+
+def resolve(text: str) -> str:
+    """Replace `{models}` by the directory of the weights that ship with the installation."""
+    return text.replace("{models}", str(MODELS))
+
+
+def card_names() -> list[str]:
+    """Names of the cards that ship with the installation."""
+    return sorted(path.stem for path in CARDS.glob("*.yaml"))
+
+
+def find_card(name_or_path: str | Path) -> Path:
+    """The file of a card. UsageError suggests the nearest name."""
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UsageError("no such card file", where=text, hint=f"cards known by name: {', '.join(card_names())}")
+        return path
+    if text in card_names():
+        return CARDS / f"{text}.yaml"
+    near = difflib.get_close_matches(text, card_names(), n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"unknown card {text!r}", hint=f"{meant}cards: {', '.join(card_names())}, or the path of a file")
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], sections: tuple[str, ...] | None = None) -> list[str]:
+    """Compare sections (None: all) of two dumped cards; names, titles and descriptions do not count."""
+    old, new = (_flatten({key: card.get(key) for key in sections or SECTIONS}) for card in (before, after))
+    keys = [*old, *(key for key in new if key not in old)]
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _absolute_urls(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A user's card names its list relative to itself; a shipped card, to the workspace, whose own card lies there."""
+    source = data.get("source")
+    if path.parent == CARDS or path.name == CARD_NAME or not isinstance(source, dict) or "urls" not in source:
+        return data
+    folder, urls = path.absolute().parent, source["urls"]
+    names = urls if isinstance(urls, list) else [urls]
+    resolved = [_beside(folder, name) for name in names]
+    return {**data, "source": {**source, "urls": resolved if isinstance(urls, list) else resolved[0]}}
+
+
+def _beside(folder: Path, name: Any) -> Any:
+    """The full path of a file named relative to `folder`; what is no file name stays, for validation to refuse."""
+    if not isinstance(name, str) or not name.strip():
+        return name
+    try:
+        return str(folder / Path(name).expanduser())
+    except RuntimeError:  # ~ of a user that is not there
+        return name
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in a message, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for each wrong key, with what is allowed there."""
+    lines = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in _without_tag(detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            allowed = _keys_beside(detail["loc"])
+            near = difflib.get_close_matches(str(detail["loc"][-1]), allowed, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            lines.append(f"unknown key {key} ({meant}allowed: {', '.join(allowed)})")
+        elif detail["type"] == "missing":
+            lines.append(f"missing key {key}")
+        else:
+            lines.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}, not {_shown(detail['input'])}")
+    return lines[0] if len(lines) == 1 else "\n  - ".join([f"{len(lines)} keys are wrong:", *lines])
+
+
+def _without_tag(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic puts the tag of a discriminated union into the location: source.shapes.rows is source.rows."""
+    return loc[:1] + loc[2:] if loc[:1] == ("source",) else loc
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    section = str(loc[0])
+    if section == "source" and len(loc) > 2:
+        model: type[BaseModel] = ShapesSource if loc[1] == "shapes" else UrlSource
+    elif len(loc) == 1:
+        model = Card
+    else:
+        annotation = Card.model_fields[section].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Card
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,192 @@
+"""Finds the workspace, and calls one stage or all of them in turn under its lock; runs the lab. Used by cli.py."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from .errors import EclipseError, UsageError
+from .progress import Progress
+from .workspace import CARD_NAME, STAGES, Workspace, atomic_path, write_json
+
+ENTRIES = {
+    "download": ("pipeline.download.stage", "download"),
+    "embed": ("pipeline.embed.stage", "embed"),
+    "filter": ("pipeline.filter.stage", "filter_cache"),
+    "train": ("trainer.loop", "train"),
+    "render": ("decode.render", "render"),
+    "evaluate": ("trainer.evaluate", "evaluate"),
+}
+SHAPES_EVALUATION = ("lab.score", "evaluate_shapes")
+CLUSTERED = ("embed",)  # stages whose shard tasks can run on a cluster
+DEVICES = ("embed", "train")
+RESOURCES = ("gpus", "cluster")  # options that change how a stage runs, not what it makes
+
+
+def locate(card: str | None, root: Path | None, *, default_card: str | None = None) -> Workspace:
+    """Open the named workspace, the current directory, or a new one made from the card.
+
+    With no directory named: the current one if it is a workspace, else ./eclipse-NAME for a named card, else
+    ./eclipse-<default_card>. A card that differs from the workspace's own is refused.
+    """
+    if root is None and (Path.cwd() / CARD_NAME).is_file():
+        root = Path.cwd()
+    if card is None and (default_card is None or (root is not None and (root / CARD_NAME).is_file())):
+        return Workspace.open(root)
+    from .card import Card
+
+    if card is None and root is None and (Path.cwd() / f"eclipse-{default_card}" / CARD_NAME).is_file():
+        return Workspace.open(Path.cwd() / f"eclipse-{default_card}")
+    loaded = Card.load(card or str(default_card))
+    return Workspace.create(root or Path.cwd() / f"eclipse-{loaded.name}", loaded)
+
+
+def run_stage(
+    ws: Workspace, stage: str, progress: Progress, *, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Run one stage to its end and return its summary. A complete one answers from its state file alone."""
+    asked = {name for name, value in options.items() if value is not None} - set(RESOURCES)
+    if not overwrite and not asked and (done := _done(ws, stage)):
+        return done
+    module_name, function_name = ENTRIES[stage]
+    if stage == "evaluate" and ws.card.source.kind == "shapes":
+        module_name, function_name = SHAPES_EVALUATION
+    if stage in ("render", "evaluate") and options.get("prior") is None:
+        check_prior(ws, progress)
+    leads = os.environ.get("RANK", "0") == "0"  # under torchrun one process holds the workspace for all
+    with ws.lock(stage) if leads else contextlib.nullcontext():
+        try:
+            function = getattr(importlib.import_module(f"eclipse.{module_name}"), function_name)
+            given = {name: value for name, value in options.items() if value is not None}
+            return function(ws, progress, overwrite=overwrite, **given)
+        except Exception as error:
+            if not isinstance(error, (EclipseError, OSError)):
+                _keep_traceback(ws, stage)
+            raise
+
+
+def run_all(
+    ws: Workspace, progress: Progress, *, overwrite: bool = False, gpus: int | None = None, cluster: str = "local"
+) -> dict[str, Any]:
+    """Every stage in turn; `gpus` and `cluster` go to the stages that take them."""
+    cluster_option("embed", cluster)
+    summaries: dict[str, dict[str, Any]] = {}
+    for number, stage in enumerate(STAGES, start=1):
+        started = time.monotonic()
+        progress.say(f"[{number}/{len(STAGES)}] {stage}")
+        options: dict[str, Any] = {"gpus": gpus} if stage in DEVICES else {}
+        if stage in CLUSTERED:
+            options.update(cluster_option(stage, cluster))
+        summaries[stage] = run_stage(ws, stage, progress, overwrite=overwrite, **options)
+        complete = summaries[stage].get("already_complete")
+        progress.say("      complete already" if complete else f"      done in {time.monotonic() - started:.1f} s")
+    result: dict[str, Any] = {"workspace": str(ws.root), "stages": summaries}
+    idle = all(summary.get("already_complete") for summary in summaries.values())
+    if ws.card.source.kind == "shapes" and (dirt := _dirt(ws, measure_it=not idle)):
+        result["dirt"] = dirt
+    return result
+
+
+def _dirt(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
+    """How much of the dirt planted in the shapes world was found; measured once for each run of the filter."""
+    path, state = ws.reports / "dirt.json", ws.state("filter")
+    assert state is not None
+    known = _read_json(path)
+    if known.get("filtered_at") == state.finished_at and "found" in known:
+        return known["found"]
+    if not measure_it:
+        return None
+    from ...lab.precision import measure
+
+    found = measure(ws)
+    write_json(path, {"filtered_at": state.finished_at, "found": found})
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that can be made again; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def cluster_option(stage: str, cluster: str) -> dict[str, str]:
+    """The `cluster` option of a stage that has shard tasks to spread; refused for the others, unless local."""
+    if cluster != "local" and cluster != "ray" and not cluster.startswith("ray://"):
+        raise UsageError("unknown cluster", where=f"--cluster {cluster}", hint="use local, ray, or ray://HOST:PORT")
+    if cluster == "local":
+        return {}
+    if stage not in CLUSTERED:
+        hint = "several nodes train under torchrun" if stage == "train" else "leave --cluster out"
+        raise UsageError(f"{stage} runs on this machine only", where=f"--cluster {cluster}", hint=hint)
+    return {"cluster": cluster}
+
+
+def check_prior(ws: Workspace, progress: Progress) -> None:
+    """Say so if the trained prior is not of the present data. Raises EclipseError if it is damaged."""
+    ws.require_intact("train")
+    if ws.state("train") is None and (ws.prior / "final").is_dir():
+        progress.say("the prior was trained before its data changed; `eclipse train --overwrite` makes a new one")
+
+
+def export_prior(ws: Workspace, directory: Path, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
+    """Copy the trained prior to `directory`, in the published format."""
+    check_prior(ws, progress)
+    final = ws.prior / "final"
+    if not (final / "config.json").is_file():
+        raise EclipseError("no trained prior", where=str(final), hint="run `eclipse train` first")
+    from ...trainer.model.prior import CONFIG, WEIGHTS, load_prior, save_prior
+
+    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if (directory.exists() and not directory.is_dir()) or found - {CONFIG, WEIGHTS}:
+        hint = "name another directory; --overwrite replaces nothing but an earlier export"
+        raise UsageError("there is something already that is no export", where=str(directory), hint=hint)
+    if found and not overwrite:
+        raise UsageError("there is an export already", where=str(directory), hint="name another, or add --overwrite")
+    prior = load_prior(final)
+    with atomic_path(directory.absolute()) as temporary:
+        save_prior(prior, temporary)
+    return {"prior": str(directory.absolute()), "parameters": sum(p.numel() for p in prior.parameters())}
+
+
+def run_experiment(
+    name: str, out: Path, progress: Progress, *, card: str | None, seeds: str | None, **dials: Any
+) -> dict[str, Any]:
+    """Run one of the lab's experiments in the folder `out`; `seeds` is a list such as 0,1,2."""
+    numbers = None
+    if seeds is not None:
+        parts = seeds.split(",")
+        known = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+        if not known or len(set(map(int, parts))) < len(parts):
+            what = "seeds are distinct whole numbers below a billion"
+            raise UsageError(what, where=f"--seeds {seeds[:40]}", hint="such as 0,1,2")
+        numbers = tuple(int(part) for part in parts)
+    from ...lab.experiments import Dials, run
+
+    return run(name, out, progress, Dials(seeds=numbers, **dials), card=card)
+
+
+def _done(ws: Workspace, stage: str) -> dict[str, Any] | None:
+    """The summary of a stage that is complete for this very card; anything else is for the stage to judge."""
+    state = ws.state(stage)
+    if state is None:
+        return None
+    from .card import STAGE_SECTIONS
+
+    if state.fingerprint != ws.card.fingerprint(*STAGE_SECTIONS[stage]):
+        return None
+    return ws.completed(stage, state.fingerprint)
+
+
+def _keep_traceback(ws: Workspace, stage: str) -> None:
+    ws.logs.mkdir(exist_ok=True)
+    with (ws.logs / "tracebacks.txt").open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage}\n{traceback.format_exc()}\n")

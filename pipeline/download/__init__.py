@@ -1,0 +1,1 @@
+"""From URLs to image shards."""

@@ -1,0 +1,1 @@
+"""From image shards to CLIP features."""

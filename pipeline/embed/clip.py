@@ -1,0 +1,250 @@
+"""CLIP through open_clip: image embedding, text embedding and token states. Called by embed.py, trainer and decode."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+from ..core.card import resolve
+from ..core.errors import EclipseError, UsageError
+from ..images.tar import require_regular
+from .tokens import CaptionTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PRESETS = {
+    "karlo": ("ViT-L-14", "openai"),
+    "kandinsky22": ("ViT-bigG-14", "laion2b_s39b_b160k"),
+}
+CONFIG = "open_clip_config.json"
+WEIGHTS = (  # in open_clip's order of preference
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the text tower makes of B captions with N real tokens in all; float32, nothing normalised.
+
+    embedding: (B, D) pooled and projected; states: (N, W) last hidden states after the final layer norm and before
+    the projection, caption after caption, real tokens alone; n_tokens: (B,) int64 on the CPU.
+    """
+
+    embedding: Tensor
+    states: Tensor
+    n_tokens: Tensor
+
+
+class Encoder:
+    """A CLIP of the published kind: any image tower of open_clip, and a causal text tower pooled at the end token."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, precision: str = "fp32", device: str = "cpu") -> None:
+        self._text = _text_tower(model)
+        self._visual = model.visual
+        tokens = CaptionTokenizer.wrap(tokenizer, len(self._text.positional_embedding))
+        if tokens is None:
+            raise EclipseError(
+                "this encoder does not use CLIP's own tokenizer",
+                hint="priors are defined on CLIP's token states: choose a CLIP such as ViT-L-14",
+            )
+        self.fingerprint = _fingerprint(model)
+        self.precision = precision
+        self.device = torch.device(device)
+        self.tokenize_captions = tokens
+        self.context_length = tokens.context_length
+        self.text_width: int = self._text.ln_final.normalized_shape[0]
+        config = PreprocessCfg(**self._visual.preprocess_cfg)
+        self.preprocessing = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
+        height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
+        self.image_size = height
+        self._exact_size = (width, height)
+        transform: Any = image_transform_v2(config, is_train=False)
+        *self._to_rgb, _, _ = transform.transforms  # all but to-tensor and normalise, which encode_images does
+
+        dtype = DTYPES[precision]
+        model.requires_grad_(False).eval().to(self.device, dtype, memory_format=torch.channels_last)
+        self._dtype = dtype
+        self._mean = torch.tensor(config.mean, device=self.device)
+        self._std = torch.tensor(config.std, device=self.device)
+        with torch.inference_mode():
+            self.embedding_dim: int = self._pool(self._text.ln_final.weight[None]).shape[1]
+
+    @classmethod
+    def load(
+        cls, model: str, pretrained: str | None = None, *, precision: str = "fp32", device: str = "cpu"
+    ) -> Encoder:
+        """Load by open_clip's name and tag, `hf-hub:…`, `local-dir:…` ({models} allowed) or a preset's name.
+
+        Raises UsageError for names that open_clip does not know or that come without weights, EclipseError for
+        weights that cannot be read or fetched and for towers that are not CLIP's.
+        """
+        model, pretrained = resolve(model), resolve(pretrained) if pretrained else None
+        model, pretrained = PRESETS.get(model, (model, pretrained))
+        _check_name(model, pretrained)
+        try:
+            loaded = open_clip.create_model(
+                model,
+                pretrained=pretrained,
+                force_quick_gelu=wants_quick_gelu(model, pretrained),
+                require_pretrained=True,
+                pretrained_image=False,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+        except Exception as error:  # open_clip raises whatever its many sources raise
+            raise EclipseError(
+                f"cannot load the encoder: {error}",
+                where=f"{model}" + (f" ({pretrained})" if pretrained else ""),
+                hint="weights are fetched once from their hub; offline, use local-dir:PATH with"
+                " open_clip_config.json and open_clip_model.safetensors",
+            ) from error
+        return cls(loaded, tokenizer, precision=precision, device=device)
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """RGB picture → (H, W, 3) uint8, resized and cropped as the encoder was trained; encode_images normalises."""
+        if image.mode == "RGB" and image.size == self._exact_size:
+            return np.array(image)  # what the transforms would give, without their cost
+        for transform in self._to_rgb:
+            image = transform(image)
+        return np.array(image)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, context) int64 and the number of real tokens (B,) int64, start and end token included."""
+        tokens = self.tokenize_captions(captions)
+        return tokens.ids, tokens.n_tokens
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor | np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8 from `preprocess`, or (B, 3, H, W) floats already normalised → (B, D) float32 raw."""
+        pixels = torch.as_tensor(pixels).to(self.device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            pixels = ((pixels.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
+        return self._visual(pixels.to(self._dtype, memory_format=torch.channels_last)).float()
+
+    @torch.inference_mode()
+    def encode_text(self, tokens: Tensor, n_tokens: Tensor) -> TextFeatures:
+        """(B, L) int64 token ids with n_tokens (B,) real ones → features on the encoder's device.
+
+        Only the first max(n_tokens) positions are computed: attention is causal, so padding after the end token
+        changes nothing before it. Sort captions by length to gain from it.
+        """
+        n_tokens = n_tokens.cpu()
+        length = int(n_tokens.max()) if len(n_tokens) else 0
+        tower = self._text
+        ids = tokens[:, :length].to(self.device, non_blocking=True)
+        x = tower.token_embedding(ids) + tower.positional_embedding[:length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])).flatten(0, 1)
+        first = torch.arange(len(tokens)) * length
+        real = (torch.arange(length) < n_tokens[:, None]).flatten().nonzero().squeeze(1)
+        pooled = self._pool(x.index_select(0, (first + n_tokens - 1).to(self.device)))
+        return TextFeatures(pooled.float(), x.index_select(0, real.to(self.device)).float(), n_tokens)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        projection = self._text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _text_tower(model: nn.Module) -> Any:
+    """The module that holds the text tower's parts; EclipseError if it is not CLIP's kind."""
+    tower: Any = getattr(model, "text", model)
+    problem = None
+    if not hasattr(tower, "token_embedding") or not hasattr(tower, "ln_final"):
+        problem = "its text tower is not CLIP's transformer"
+    elif getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
+        problem = "its text tower is not causal, so that padding would change the token states"
+    elif getattr(tower, "pool_type", getattr(tower, "text_pool_type", "")) not in ("argmax", "eos"):
+        problem = "its text embedding is not read at the end token"
+    if problem:
+        raise EclipseError(f"this encoder cannot feed a prior: {problem}", hint="choose a CLIP such as ViT-L-14")
+    return tower
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the weights and the activation, the same for every precision and device."""
+    digest = hashlib.sha256()
+    quick = any(isinstance(module, QuickGELU) for module in model.modules())
+    digest.update(b"quick-gelu" if quick else b"gelu")
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Weights trained with quick-GELU, OpenAI's above all, are wrong with the plain one, which names alone imply."""
+    tag = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else None
+    return bool(tag and tag.get("quick_gelu"))
+
+
+def check_directory(folder: Path) -> None:
+    """Raise EclipseError that names the file unless `folder` holds a model in open_clip's layout.
+
+    Of the weights only the header is read, which also tells whether the file has its whole length.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise UsageError("no such model directory", where=f"local-dir:{folder}", hint="check encoder.model in the card")
+    hint = f"put {CONFIG} and {WEIGHTS[0]} there, or correct encoder.model in the card"
+    path = folder / CONFIG
+    try:
+        require_regular(path)
+        _check_config(json.loads(path.read_text(encoding="utf-8")))
+        path = _weights_in(folder)
+        require_regular(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+    except OSError as error:
+        what = f"cannot load the encoder: {error.strerror or error}"
+        raise EclipseError(what, where=str(path), hint=hint) from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise EclipseError(f"cannot load the encoder: {error}", where=str(path), hint=hint) from error
+
+
+def _check_config(config: Any) -> None:
+    towers = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(towers, dict) or not all(isinstance(towers.get(key), dict) for key in ("vision_cfg", "text_cfg")):
+        raise ValueError("this is not a model's config: it needs model_cfg with vision_cfg and text_cfg")
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file that open_clip loads; one that is missing if there is none."""
+    others = [path for kind in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{kind}"))]
+    return next((folder / name for name in WEIGHTS if (folder / name).exists()), (others or [folder / WEIGHTS[0]])[0])
+
+
+def _check_name(model: str, pretrained: str | None) -> None:
+    if model.startswith(("hf-hub:", "local-dir:")):
+        if model.startswith("local-dir:"):
+            check_directory(Path(model.removeprefix("local-dir:")))
+        return
+    name = model.replace("/", "-")
+    if name not in open_clip.list_models():
+        import difflib
+
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        raise UsageError(
+            f"open_clip knows no model {model!r}",
+            hint=f"near: {', '.join(near) or 'none'}; or hf-hub:…, local-dir:…, {', '.join(PRESETS)}",
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise UsageError(f"{model} without weights", hint=f"set encoder.pretrained to one of: {', '.join(tags)}")
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise UsageError(f"{model} has no weights {pretrained!r}", hint=f"known: {', '.join(tags)}; or a file")

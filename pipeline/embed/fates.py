@@ -1,0 +1,108 @@
+"""What became of every input of one image shard, kept among the logs. Written by lanes, added up by embed.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..cache.part import PartMeta, read_part
+from ..core.errors import EclipseError
+from ..core.workspace import atomic_path
+from ..images.rejects import Reject
+from ..images.tar import require_regular
+from .tasks import ShardTask
+
+SAMPLED_BLOCKS, BLOCK = 16, 4096
+
+
+@dataclass
+class Fate:
+    """The account of one shard: inputs = rows + rejected, or something was lost."""
+
+    tar: str
+    content: str
+    inputs: int = 0
+    rows: int = 0
+    truncated: int = 0  # captions cut to the context length
+    rejected: list[Reject] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise EclipseError if an input got neither a row nor a reason."""
+        if self.inputs != self.rows + len(self.rejected):
+            raise EclipseError(
+                f"{self.inputs} inputs gave {self.rows} rows and {len(self.rejected)} rejects: some have no fate",
+                where=self.tar,
+                hint="this is a fault of eclipse: please report it with the shard",
+            )
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary:  # ASCII escapes: names in tars need not be valid Unicode
+            temporary.write_text(json.dumps(asdict(self)), encoding="ascii")
+
+    @classmethod
+    def load(cls, path: Path) -> Fate | None:
+        """None if there is none that can be read: then the shard is embedded again."""
+        try:
+            require_regular(path)
+            data: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+            fate = cls(**{**data, "rejected": [Reject(**reject) for reject in data["rejected"]]})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+        return fate if all(map(_well_typed, (fate, *fate.rejected))) else None
+
+
+def _well_typed(record: Fate | Reject) -> bool:
+    """Whether the plain fields of a record read from JSON are of their types."""
+    plain = {name: kind for name, kind in get_type_hints(type(record)).items() if kind in (str, int)}
+    return all(type(getattr(record, name)) is kind for name, kind in plain.items())
+
+
+def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
+    """The account of a shard whose part is on disk and whole, None if it is to be embedded (again).
+
+    Raises EclipseError if the part is whole but was made with other settings: nothing is ever mixed in.
+    """
+    if not task.part.exists():
+        return None
+    fate = Fate.load(task.fate)
+    try:
+        part = read_part(task.part)
+    except EclipseError:
+        if task.part.is_dir():  # which no new part could replace
+            raise
+        return None
+    if changes := _differences(part.meta, meta):
+        raise EclipseError(
+            f"this part was made with other settings: {'; '.join(changes)}",
+            where=str(task.part),
+            hint="undo the change, use another workspace, or start over with `eclipse embed --overwrite`",
+        )
+    if fate is None or fate.rows != part.rows or fate.content != content_of(task.tar):
+        return None
+    return fate
+
+
+def content_of(tar: Path) -> str:
+    """A cheap mark of a tar's content: its size and sixteen samples of it. Survives copying, notices a new download."""
+    try:
+        require_regular(tar)
+        size = tar.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with tar.open("rb") as file:
+            for index in range(SAMPLED_BLOCKS):
+                file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    except OSError as error:
+        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(tar)) from error
+    return digest.hexdigest()
+
+
+def _differences(before: PartMeta, after: PartMeta) -> list[str]:
+    old, new = asdict(before), asdict(after)
+    named = {"encoder_fingerprint": "weights of the encoder", "card": "source or encoder section of the card"}
+    return [
+        f"{named.get(key, key)} ({str(old[key])[:40]} → {str(new[key])[:40]})" for key in old if old[key] != new[key]
+    ]

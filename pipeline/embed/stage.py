@@ -1,0 +1,194 @@
+"""Image shards → embedding parts: each part once and whole, every input accounted for. Called by cli.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cache.part import part_name
+from ..core.card import STAGE_SECTIONS
+from ..core.errors import EclipseError, UsageError
+from ..images.rejects import Reject, write_rejected
+from ..images.shards import numbered_shards
+from .fates import Fate
+from .run import EmbedRun
+from .tasks import ShardTask
+
+if TYPE_CHECKING:
+    from ..core.progress import Progress
+    from ..core.workspace import Workspace
+    from .lane import LaneSpec
+
+STAGE = "embed"
+BATCH_SIZES = {"cpu": 64, "cuda": 256}
+MOST_DECODE_THREADS = 16  # a process: beyond this Python's lock is the limit
+
+
+def embed(
+    ws: Workspace,
+    progress: Progress,
+    *,
+    gpus: int | None = None,
+    cluster: str = "local",
+    overwrite: bool = False,
+    text_states: bool | None = None,
+    devices: Sequence[str] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Embed every image shard of the workspace; finished parts are checked and kept.
+
+    gpus: how many to use (None: all there are; 0: the CPU). cluster: `local`, `ray` or `ray://HOST:PORT`. text_states
+    overrides the card's. devices: torch device names, a worker process each, instead of `gpus`. batch_size: pictures
+    (None: 64 on a CPU, 256 on a GPU). Raises EclipseError if there is nothing to embed, if parts of other settings are
+    in the way, if shards failed for good (named; the others are kept), or if an input has no fate.
+    """
+    keep_states = ws.card.encoder.text_states if text_states is None else text_states
+    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS[STAGE])
+    if keep_states != ws.card.encoder.text_states:
+        fingerprint += f" text_states={keep_states}"
+    if not overwrite and (done := ws.completed(STAGE, fingerprint)):
+        return done
+    ws.require_intact("download")
+    used = list(devices) if devices else _devices(gpus, cluster)
+    tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]], orphans_allowed=overwrite)
+
+    def ready() -> None:
+        """The encoder is there and everything asked for makes sense: nothing old is removed before."""
+        if overwrite:
+            _clear(ws)
+        ws.begin(STAGE, fingerprint)
+
+    run = EmbedRun(tasks, progress, ready)
+    spec = _spec(ws, progress, keep_states, used)
+    if cluster != "local":
+        from .ray import run_on_ray
+
+        run_on_ray(cluster, spec, run, gpus=used[0] != "cpu")
+    elif used == ["cpu"]:
+        run.here(spec)
+    else:
+        from .workers import run_workers
+
+        run_workers(used, spec, run)
+    run.require_complete()
+    summary = _summary(ws, run)
+    ws.finish(STAGE, fingerprint, summary)
+    return summary
+
+
+def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> list[ShardTask]:
+    """One task for each image shard, numbered like it.
+
+    Raises EclipseError if there is none, or a part is an orphan and such are not allowed.
+    """
+    shards = numbered_shards(ws.images)
+    if not shards:
+        raise EclipseError("no image shards to embed", where=str(ws.images), hint="run `eclipse download` first")
+    wanted = {part_name(number) for number in shards}
+    for path in sorted(ws.embeddings.glob("part-*.parquet")):
+        if path.name not in wanted and not orphans_allowed:
+            raise EclipseError(
+                "this part belongs to no image shard",
+                where=str(path),
+                hint="move it away, or start over with `eclipse embed --overwrite`",
+            )
+    return [
+        ShardTask(number, tar, ws.embeddings / part_name(number), _fates(ws) / f"{number:05d}.json", batch_size)
+        for number, tar in shards.items()
+    ]
+
+
+def _fates(ws: Workspace) -> Path:
+    return ws.logs / STAGE
+
+
+def _clear(ws: Workspace) -> None:
+    ws.reset(STAGE)
+    for folder in (ws.embeddings, _fates(ws)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _devices(gpus: int | None, cluster: str) -> list[str]:
+    if gpus == 0:
+        return ["cpu"]
+    if cluster != "local":
+        return ["cuda"]  # whatever the cluster has; this machine's own devices do not matter
+    import torch
+
+    present = torch.cuda.device_count()
+    if gpus is not None and gpus > present:
+        raise UsageError(f"{gpus} GPUs asked for, {present} here", hint="leave --gpus out to use what there is")
+    return [f"cuda:{index}" for index in range(gpus or present)] or ["cpu"]
+
+
+def _spec(ws: Workspace, progress: Progress, text_states: bool, devices: Sequence[str]) -> LaneSpec:
+    from .clip import PRESETS
+    from .heads import find_head
+    from .lane import LaneSpec
+
+    section = ws.card.encoder
+    model, pretrained = PRESETS.get(section.model, (section.model, section.pretrained))
+    aesthetic = find_head(section.aesthetic, model, pretrained) if section.aesthetic else None
+    if section.aesthetic and aesthetic is None:
+        progress.say(f"no aesthetic head for {model}: parts get no aesthetic_score")
+    heads = (("aesthetic", aesthetic), ("safety", section.safety))
+    cores = len(os.sched_getaffinity(0))
+    return LaneSpec(
+        model=model,
+        pretrained=pretrained,
+        precision=section.precision,
+        heads=tuple((kind, file) for kind, file in heads if file),
+        text_states=text_states,
+        card=ws.card.fingerprint(*STAGE_SECTIONS[STAGE]),
+        decode_threads=max(1, min(MOST_DECODE_THREADS, cores // len(devices))),
+    )
+
+
+def _summary(ws: Workspace, run: EmbedRun) -> dict[str, Any]:
+    """Add up the fates, write rejected.parquet and the page. Raises EclipseError if the counts do not add up."""
+    totals = {"rows": 0, "inputs": 0, "parts": len(run.tasks), "truncated_captions": 0}
+
+    def rejects() -> Iterator[Reject]:
+        for task in run.tasks:
+            fate = Fate.load(task.fate)
+            if fate is None:
+                raise EclipseError("the account of this shard is gone", where=str(task.fate), hint="run it again")
+            fate.check()
+            totals["rows"] += fate.rows
+            totals["inputs"] += fate.inputs
+            totals["truncated_captions"] += fate.truncated
+            yield from fate.rejected
+
+    reasons = write_rejected(ws, STAGE, rejects())
+    set_aside = sum(reasons.values())
+    if totals["inputs"] == 0:
+        hint = "run `eclipse download`, or put tars with pictures there"
+        raise EclipseError("the image shards hold no picture", where=str(ws.images), hint=hint)
+    if totals["rows"] == 0:
+        raise EclipseError(
+            f"none of {totals['inputs']:,} inputs could be embedded", where=str(ws.rejected), hint="see its reasons"
+        )
+    from ..cache.store import Store
+    from ..report.stages import embed_page
+
+    assert run.meta is not None
+    store = Store.open(ws.embeddings, encoder=run.meta.encoder_fingerprint)
+    if not totals["inputs"] == totals["rows"] + set_aside == len(store) + set_aside:
+        raise EclipseError(
+            f"{totals['inputs']:,} inputs, but {len(store):,} rows and {set_aside:,} rejects: some have no fate",
+            where=str(ws.embeddings),
+            hint="start over with `eclipse embed --overwrite`, and please report this fault",
+        )
+    return {
+        **totals,
+        "rejected": reasons,
+        "encoder": run.meta.encoder,
+        "embedded_now": run.embedded,
+        "images_per_s": round(run.embedded / run.seconds, 1) if run.embedded else 0.0,
+        "devices": sorted(run.rates),
+        "embeddings": str(ws.embeddings),
+        "report": str(embed_page(ws, store, reasons)),
+    }

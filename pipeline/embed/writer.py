@@ -1,0 +1,209 @@
+"""The end of a lane: encoded chunks → columns → one part a shard, with the account of its inputs. Used by lane.py."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..cache.part import PartMeta, PartWriter
+from ..images.decode import Sample
+from ..images.rejects import Reject
+from .fates import Fate, content_of
+from .tasks import Event, ShardDone, ShardFailed, ShardTask
+
+NO_USE_TRYING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(slots=True)
+class Row:
+    """One picture and caption, ready for the encoder: pixels (H, W, 3) uint8, thumbnail (256,) uint8, tokens (77,)."""
+
+    sample: Sample
+    size: tuple[int, int]
+    pixels: np.ndarray
+    thumbnail: np.ndarray
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    n_tokens: int = 0
+    truncated: bool = False
+
+
+@dataclass
+class Chunk:
+    """Encoded rows of one shard, on the encoder's device, in the order of the shard.
+
+    image, text: (n, D) float16; states: (N, W) float16 in the order `order` (caption after caption, shortest first),
+    None if states are not stored; clip_score (n,) float32; head_scores: by column, (n,) float32 each.
+    """
+
+    rows: list[Row]
+    image: Tensor
+    text: Tensor
+    states: Tensor | None
+    order: np.ndarray
+    clip_score: Tensor
+    head_scores: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Shard:
+    """A shard on its way through a lane. A set `error` makes everything after it skip the rest."""
+
+    task: ShardTask
+    fate: Fate
+    error: BaseException | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+    writer: PartWriter | None = None
+
+    @classmethod
+    def begin(cls, task: ShardTask) -> Shard:
+        shard = cls(task, Fate(task.tar.name, ""))
+        try:
+            shard.fate.content = content_of(task.tar)
+        except Exception as error:
+            shard.error = error
+        return shard
+
+
+class LaneWriter:
+    """A thread that writes chunks while the encoder goes on. Holds at most two of them. Use as a context manager."""
+
+    def __init__(self, meta: PartMeta, report: Callable[[Event], None]) -> None:
+        self._meta = meta
+        self._report = report
+        self._queue: queue.Queue[tuple[Shard, Future[Chunk] | None] | None] = queue.Queue(maxsize=2)
+        self._failure: BaseException | None = None
+        self._abort = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="write")
+
+    def __enter__(self) -> LaneWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """On an error nothing more is committed: half-written parts are removed."""
+        self._abort = error[0] is not None
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None and error[0] is None:
+            raise self._failure
+
+    def put(self, shard: Shard, chunk: Future[Chunk] | None) -> None:
+        """Hand over the next chunk of `shard`, in order; None ends the shard."""
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put((shard, chunk))
+
+    def _run(self) -> None:
+        open_shards: list[Shard] = []
+        while (item := self._queue.get()) is not None:
+            shard, chunk = item
+            if self._failure is not None:
+                continue
+            try:
+                if shard not in open_shards:
+                    open_shards.append(shard)
+                self._handle(shard, chunk)
+                if chunk is None:
+                    open_shards.remove(shard)
+            except BaseException as failure:
+                self._failure = failure
+        for shard in open_shards:
+            _discard(shard, shard.error or InterruptedError())
+
+    def _handle(self, shard: Shard, chunk: Future[Chunk] | None) -> None:
+        try:
+            if self._abort:
+                raise InterruptedError
+            if shard.error is None and chunk is not None:
+                self._part(shard).write(self._columns(shard, chunk.result()))
+            elif shard.error is None:
+                self._part(shard)
+                shard.fate.rows = shard.writer.rows if shard.writer else 0
+                shard.fate.check()
+                shard.fate.save(shard.task.fate)
+                shard.stack.close()
+        except Exception as error:
+            shard.error = error
+        if shard.error is not None:
+            _discard(shard, shard.error)
+        if chunk is None and not self._abort:
+            self._report(_outcome(shard))
+
+    def _part(self, shard: Shard) -> PartWriter:
+        if shard.writer is None:
+            shard.writer = shard.stack.enter_context(PartWriter(shard.task.part, self._meta))
+        return shard.writer
+
+    def _columns(self, shard: Shard, chunk: Chunk) -> dict[str, Any]:
+        rows = chunk.rows
+        counts = np.array([row.n_tokens for row in rows])
+        arrays = {
+            "n_tokens": counts,
+            "thumbnail": np.stack([row.thumbnail for row in rows]),
+            "width": np.array([row.size[0] for row in rows], np.int32),
+            "height": np.array([row.size[1] for row in rows], np.int32),
+            "image_embedding": chunk.image.cpu().numpy(),
+            "text_embedding": chunk.text.cpu().numpy(),
+            "clip_score": chunk.clip_score.cpu().numpy(),
+        }
+        arrays |= {name: scores.cpu().numpy() for name, scores in chunk.head_scores.items()}
+        states = None if chunk.states is None else unsort(chunk.states.cpu().numpy(), chunk.order, counts)
+        finite = np.isfinite(arrays["image_embedding"]).all(1) & np.isfinite(arrays["text_embedding"]).all(1)
+        if states is not None and not np.isfinite(states).all():
+            finite &= np.logical_and.reduceat(np.isfinite(states).all(1), np.cumsum(counts) - counts)
+        if not finite.all():
+            rows = self._without_broken(shard, rows, finite)
+            arrays = {name: values[finite] for name, values in arrays.items()}
+            states = None if states is None else states[np.repeat(finite, counts)]
+        if states is not None:
+            arrays["text_states"] = states
+        shard.fate.truncated += sum(row.truncated for row in rows)
+        return {**arrays, **_strings([row.sample for row in rows])}
+
+    def _without_broken(self, shard: Shard, rows: list[Row], finite: np.ndarray) -> list[Row]:
+        for row in (row for row, good in zip(rows, finite, strict=True) if not good):
+            sample = row.sample
+            shard.fate.rejected.append(
+                Reject(sample.shard, sample.key, "embedding_not_finite", sample.url, sample.caption)
+            )
+        return [row for row, good in zip(rows, finite, strict=True) if good]
+
+
+def unsort(states: np.ndarray, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(N, W) states of captions in the order `order` → in the order 0, 1, …; counts: (n,) tokens of caption 0, 1, …"""
+    sorted_starts = np.empty(len(counts), np.int64)
+    sorted_starts[order] = np.cumsum(counts[order]) - counts[order]
+    starts = np.cumsum(counts) - counts
+    return states[np.repeat(sorted_starts - starts, counts) + np.arange(int(counts.sum()))]
+
+
+def _strings(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    return {
+        "uid": [sample.uid for sample in samples],
+        "key": [sample.key for sample in samples],
+        "url": [sample.url for sample in samples],
+        "caption": [sample.caption for sample in samples],
+        "image_sha256": [sample.image_sha256 for sample in samples],
+    }
+
+
+def _discard(shard: Shard, error: BaseException) -> None:
+    shard.writer = None
+    shard.stack.__exit__(type(error), error, error.__traceback__)
+
+
+def _outcome(shard: Shard) -> Event:
+    error = shard.error
+    if error is None:
+        return ShardDone(shard.task.number)
+    fatal = isinstance(error, OSError) and error.errno in NO_USE_TRYING
+    return ShardFailed(shard.task.number, f"{error}" or type(error).__name__, fatal)

@@ -1,0 +1,1 @@
+"""Pictures and the tars they lie in."""

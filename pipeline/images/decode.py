@@ -1,0 +1,314 @@
+"""Image shards → samples and decoded pictures; bad ones set aside with a reason. Called by embed.py and fetch.py.
+
+Nothing of a shard is ever unpacked to disk: names in tars are labels here, not paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ..core.errors import EclipseError
+from .rejects import Reject
+from .tar import Damage, Member, members
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+# Readers that only decode pictures: others start programs (EPS) or open further files.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+PIXEL_LIMIT = 1 << 26  # 200 MB as RGB; a header of a few bytes can claim more than the memory holds
+TEXT_LIMIT = 1 << 20  # bytes of a caption or of a sample's JSON
+_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # WebDataset's convention: the key ends at the first dot
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_ORIENTATION = 0x0112
+
+warnings.filterwarnings("ignore", module=r"PIL\..*")  # remarks on odd EXIF and palettes; faults are raised anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture with its caption, not decoded yet. image_sha256: 32 bytes, of the picture as it was downloaded."""
+
+    shard: str
+    key: str
+    data: bytes
+    caption: str
+    url: str
+    image_sha256: bytes
+
+    @property
+    def uid(self) -> str:
+        return uid_of(self.image_sha256, self.caption)
+
+
+class BadPictureError(Exception):
+    """The bytes give no picture; `reason` is the code for rejected.parquet."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def uid_of(image_sha256: bytes, caption: str) -> str:
+    """Identity of a pair: SHA-256 (64 hex digits) of the picture's SHA-256 followed by the caption's UTF-8."""
+    return hashlib.sha256(image_sha256 + caption.encode("utf-8", "replace")).hexdigest()
+
+
+def read_shard(path: Path) -> Iterator[Sample | Reject]:
+    """The samples of a WebDataset tar in tar order; a Reject for everything else that is or should be there.
+
+    Beside the tar, img2dataset's metadata Parquet (if there is one) tells which keys a damaged tar has lost.
+    Raises EclipseError if the file itself cannot be read.
+    """
+    shard = path.name.partition(".")[0]
+    seen: set[str] = set()
+    try:
+        for found in _groups(shard, path):
+            outcome = found if isinstance(found, Reject) else _sample(shard, *found)
+            seen.add(outcome.key)
+            yield outcome
+    except OSError as error:
+        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(path)) from error
+    yield from _lost(shard, path.with_suffix(".parquet"), seen)
+
+
+def decode(sample: Sample) -> Image.Image | Reject:
+    """The sample's picture as RGB, upright and on white (see `open_picture`), or the Reject to record instead."""
+    try:
+        return open_picture(sample.data)
+    except BadPictureError as error:
+        return Reject(sample.shard, sample.key, error.reason, sample.url, sample.caption)
+
+
+def open_picture(data: bytes, *, at_least: int | None = None) -> Image.Image:
+    """Decode a picture to RGB, upright by EXIF; alpha is composited on white, animations give frame one.
+
+    at_least: a JPEG may be decoded at a fraction of its size, as long as its shorter side keeps this many pixels.
+    Raises BadPictureError (`unreadable`, `too_large`) for anything that cannot be decoded completely.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise BadPictureError("too_large", f"{image.width}×{image.height} pixels")
+            if at_least is not None and image.format in ("JPEG", "MPO"):
+                scale = at_least / max(min(image.size), 1)
+                if scale < 1:
+                    image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            image.load()
+            return _upright(_rgb(image), image)
+    except BadPictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadPictureError("too_large", str(error)) from None
+    except (MemoryError, RecursionError) as error:
+        raise BadPictureError("too_large", type(error).__name__) from None
+    except Exception as error:  # decoders raise whatever their parsing of broken bytes runs into
+        raise BadPictureError("unreadable", str(error)) from None
+
+
+def fit_picture(data: bytes, size: int, mode: str, encode_format: str) -> tuple[bytes, int, int, int, int]:
+    """Bring a downloaded picture to its stored form: (bytes, width, height, original width, original height).
+
+    mode, as img2dataset names them: `keep_ratio` and `center_crop` bring the shorter side to `size` pixels, `border`
+    the longer one, padding with white; `no` keeps every size. Never enlarges. encode_format: jpg or png. The bytes
+    stay as they are if that changes nothing. Raises BadPictureError.
+    """
+    picture = open_picture(data, at_least=None if mode in ("no", "border") else size)
+    original, plain = _header(data, encode_format)
+    side = max(original) if mode == "border" else min(original)
+    if mode != "no" and side > size:
+        picture = _resized(picture, size, mode)
+    elif plain:
+        return data, *picture.size, *original
+    out = io.BytesIO()
+    if encode_format == "png":
+        picture.save(out, "PNG", compress_level=1)
+    else:
+        picture.save(out, "JPEG", quality=95)
+    return out.getvalue(), *picture.size, *original
+
+
+def _resized(picture: Image.Image, size: int, mode: str) -> Image.Image:
+    scale = size / (max(picture.size) if mode == "border" else min(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if mode == "center_crop":
+        left, top = (width - size) // 2, (height - size) // 2
+        return picture.crop((left, top, left + size, top + size))
+    if mode == "border":
+        padded = Image.new("RGB", (size, size), (255, 255, 255))
+        padded.paste(picture, ((size - width) // 2, (size - height) // 2))
+        return padded
+    return picture
+
+
+def _header(data: bytes, encode_format: str) -> tuple[tuple[int, int], bool]:
+    """(width, height) as an upright viewer sees them, and whether the file may be stored as it is."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        turn = _orientation(image)
+        size = image.size if turn < 5 else (image.height, image.width)
+        kept = ("PNG",) if encode_format == "png" else ("JPEG", "MPO")
+        return size, image.format in kept and turn == 1 and image.mode in (
+            "RGB",
+            "L",
+        ) and "transparency" not in image.info
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """16×16 grey levels of the whole picture, blurred by three quarters of a cell: uint8 (256,).
+
+    The blur keeps a shift by part of a cell from changing fine patterns: among 600 scenes of the shapes world, copies
+    cropped by up to a pixel in 64 correlate above 0.97 in 99 % of cases, and without the blur in 60 %.
+    """
+    grey = image.convert("L").resize((64, 64), Image.Resampling.BILINEAR)
+    cells = _BLUR @ np.asarray(grey, dtype=np.float32) @ _BLUR.T
+    return np.rint(cells).astype(np.uint8).reshape(256)
+
+
+def _blur_to_cells() -> np.ndarray:
+    """(16, 64) float32: a Gaussian of three pixels with the edge repeated, then the mean of four. Rows sum to one."""
+    gaussian = np.zeros((64, 64))
+    for offset in range(-12, 13):
+        gaussian[np.arange(64), np.clip(np.arange(64) + offset, 0, 63)] += np.exp(-(offset**2) / 18)
+    gaussian /= gaussian.sum(axis=1, keepdims=True)
+    return gaussian.reshape(16, 4, 64).mean(axis=1).astype(np.float32)
+
+
+_BLUR = _blur_to_cells()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits: Pillow's own conversion clips at 255, which leaves the picture white."""
+    if image.mode == "F":
+        raise BadPictureError("unreadable", "floating-point pixels")
+    values = np.asarray(image).astype(np.int64)
+    if values.max(initial=0) > 255 or image.mode.startswith("I;16"):
+        values = (values + 128) // 257
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(source))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about how the picture stands
+        return 1
+    return turn if turn in _TURNS else 1
+
+
+def _groups(shard: str, path: Path) -> Iterator[tuple[str, dict[str, bytes]] | Reject]:
+    """Consecutive files with one key, as WebDataset groups them; a repeated extension begins the next sample."""
+    key = ""
+    files: dict[str, bytes] = {}
+    for found in members(path):
+        fault = found.reason if isinstance(found, Damage) else _name_fault(found.name)
+        if fault is not None:
+            yield Reject(shard, found.name or "?", fault)
+            continue
+        assert isinstance(found, Member)
+        match = _NAME.fullmatch(found.name)
+        assert match is not None
+        name, extension = match[1], match[2].lower()
+        if files and (name != key or extension in files):
+            yield key, files
+            files = {}
+        key = name
+        files[extension] = found.data
+    if files:
+        yield key, files
+
+
+def _name_fault(name: str) -> str | None:
+    if name.startswith("/") or "\\" in name or ".." in name.split("/") or not name.isprintable():
+        return "unsafe_name"
+    return None if _NAME.fullmatch(name) else "odd_name"
+
+
+def _sample(shard: str, key: str, files: dict[str, bytes]) -> Sample | Reject:
+    meta = _meta(files.get("json", b""))
+    url = _encodable(meta["url"]) if isinstance(meta.get("url"), str) else ""
+    caption = _caption(files.get("txt"), meta)
+    pictures = [files[extension] for extension in EXTENSIONS if extension in files]
+    if not pictures:
+        return Reject(shard, key, "no_picture", url, caption or "")
+    if caption is None:
+        return Reject(shard, key, "no_caption", url)
+    return Sample(shard, key, pictures[0], caption, url, _sha256(meta.get("sha256"), pictures[0]))
+
+
+def _meta(data: bytes) -> dict[str, Any]:
+    """A sample's JSON; a broken one counts as empty, since the picture and the caption may still be good."""
+    if len(data) > TEXT_LIMIT:
+        return {}
+    try:
+        meta = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _caption(text: bytes | None, meta: dict[str, Any]) -> str | None:
+    """The caption, or None if there is none or nothing but blanks."""
+    if text is not None:
+        caption = text[:TEXT_LIMIT].decode("utf-8", "replace")
+    else:
+        value = meta.get("caption")
+        caption = _encodable(value) if isinstance(value, str) else ""
+    return caption if caption.strip() else None
+
+
+def _encodable(text: str) -> str:
+    """JSON may hold lone surrogates, which no UTF-8 file can."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _sha256(recorded: Any, data: bytes) -> bytes:
+    """img2dataset's hash of the bytes it fetched; for tars from elsewhere, the hash of the stored bytes."""
+    if isinstance(recorded, str) and re.fullmatch(r"[0-9a-fA-F]{64}", recorded):
+        return bytes.fromhex(recorded)
+    return hashlib.sha256(data).digest()
+
+
+def _lost(shard: str, metadata: Path, seen: set[str]) -> Iterator[Reject]:
+    """Samples that were stored according to the metadata, and are in the tar no more."""
+    if not metadata.is_file():
+        return
+    schema = pa.schema([(name, pa.string()) for name in ("key", "url", "caption", "status")])
+    try:
+        table = pq.read_table(metadata, columns=schema.names).cast(schema)
+        rows = list(zip(*table.to_pydict().values(), strict=True))
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return  # tars from elsewhere may have any Parquet beside them
+    for key, url, caption, status in rows:
+        if status == "success" and key is not None and key not in seen:
+            yield Reject(shard, key, "lost_from_tar", url or "", caption or "")

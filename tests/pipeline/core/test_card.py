@@ -1,0 +1,180 @@
+"""Data cards: those that ship are whole, fingerprints follow what stages read, mistakes are named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from eclipse.pipeline.core.card import MODELS, STAGE_SECTIONS, Card, ShapesSource, UrlSource, card_names, resolve
+from eclipse.pipeline.core.errors import UsageError
+from pydantic import BaseModel
+
+MINIMAL = """
+name: mine
+source: {kind: urls, urls: list.csv}
+encoder: {model: ViT-B-32, pretrained: openai}
+decoder: {path: some/decoder}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "card.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["shapes", "coco", "cc3m", "cc12m", "laion_highres"])
+def test_shipped_cards_load_and_survive_a_round_trip(name: str, tmp_path: Path):
+    assert name in card_names()
+    card = Card.load(name)
+    assert card.name == name and card.title and card.description and card.licence
+    card.dump(tmp_path / "eclipse.yaml")
+    again = Card.load(tmp_path / "eclipse.yaml")
+    assert again == card and again.fingerprint() == card.fingerprint()
+
+
+def test_every_key_is_documented():
+    pending: list[type[BaseModel]] = [Card]
+    for section in pending:
+        for name, field in section.model_fields.items():
+            kinds = [
+                kind
+                for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                if isinstance(kind, type)
+            ]
+            inner = [kind for kind in kinds if issubclass(kind, BaseModel)]
+            pending.extend(inner)
+            assert inner or field.description, f"{section.__name__}.{name}"
+    assert len(pending) > 8
+
+
+def test_a_fingerprint_covers_its_sections_alone(tmp_path: Path):
+    base = Card.load(write(tmp_path, MINIMAL))
+    titled = Card.load(write(tmp_path, MINIMAL + "title: other words\n"))
+    trained = Card.load(write(tmp_path, MINIMAL + "train: {lambda: 0.4}\n"))
+    assert base.fingerprint() == titled.fingerprint()
+    assert base.fingerprint(*STAGE_SECTIONS["filter"]) == trained.fingerprint(*STAGE_SECTIONS["filter"])
+    assert base.fingerprint(*STAGE_SECTIONS["train"]) != trained.fingerprint(*STAGE_SECTIONS["train"])
+    assert base.differences(trained) == ["train.lambda: 0.2 → 0.4"]
+
+
+def test_an_option_added_later_and_left_out_changes_no_fingerprint(tmp_path: Path):
+    card = Card.load(write(tmp_path, MINIMAL))
+    assert card.filter.min_side is None
+    known_today = {key: value for key, value in card.filter.model_dump().items() if value is not None}
+    canonical = json.dumps({"filter": known_today}, sort_keys=True, separators=(",", ":"))
+    assert card.fingerprint("filter") == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_later_stages_depend_on_what_earlier_ones_depend_on():
+    for earlier, later in (("download", "embed"), ("embed", "filter"), ("filter", "train"), ("train", "render")):
+        assert set(STAGE_SECTIONS[earlier]) < set(STAGE_SECTIONS[later])
+
+
+def test_the_url_list_is_found_beside_a_users_card_and_in_the_workspace(tmp_path: Path):
+    (tmp_path / "cards").mkdir()
+    source = Card.load(write(tmp_path / "cards", MINIMAL)).source
+    assert isinstance(source, UrlSource)
+    assert source.paths(tmp_path / "ws") == [tmp_path / "cards" / "list.csv"]
+    written = Card.load(tmp_path / "cards" / "card.yaml")
+    written.dump(tmp_path / "eclipse.yaml")  # what `init` does: the full path travels
+    assert Card.load(tmp_path / "eclipse.yaml") == written
+    said = UrlSource.model_fields["urls"].description or ""
+    assert "relative to the card's file" in said and "a shipped card's: to the workspace" in said
+    shipped = Card.load("coco").source
+    assert isinstance(shipped, UrlSource)
+    assert shipped.paths(tmp_path / "ws") == [tmp_path / "ws" / "mscoco.parquet"]
+
+
+def test_models_are_those_of_the_installation():
+    assert resolve("local-dir:{models}/clip") == f"local-dir:{MODELS}/clip"
+    assert (MODELS / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("train: {stepz: 3}",), ["unknown key train.stepz", "did you mean steps?", "learning_rate"]),
+        (("colour: red",), ["unknown key colour", "allowed: name, title"]),
+        (("train: {steps: many}",), ["train.steps", "valid integer", "'many'"]),
+        (("prior: {preset: huge}",), ["prior.preset", "'tiny', 'small', 'karlo', 'kandinsky22' or 'large'"]),
+        (("train: {lambda: -1}",), ["train.lambda", "greater than or equal to 0"]),
+        (("kind: urls", "kind: ftp"), ["source", "'shapes', 'urls'"]),
+        (
+            ("urls: list.csv", "uris: list.csv"),
+            ["missing key source.urls", "unknown key source.uris", "did you mean urls?"],
+        ),
+        (("decoder: {path: some/decoder}", ""), ["missing key decoder"]),
+        (("name: mine", "name: mine: yours"), ["not valid YAML"]),
+        ((MINIMAL, "- a\n- b\n"), ["no mapping"]),
+        (("list.csv", "[]"), ["source.urls: name a file, or a list of at least one, not []"]),
+        (("list.csv", "''"), ["source.urls: name a file"]),
+        (("list.csv", "[a.csv, ' ']"), ["source.urls: name a file"]),
+        (("list.csv", "~nobody-of-this-name/a.csv"), ["source.urls: no home directory is known"]),
+        (("train: {batch_size: 100000000000000000000, seed: 4294967296}",), ["train.batch_size", "train.seed"]),
+        (("train: {steps: 0x" + "f" * 5000 + "}",), ["train.steps", "a number of thousands of digits"]),
+        (("decoder: {path: some/decoder}", "decoder: {path: a/b, steps: 5000}"), ["decoder.steps", "equal to 1000"]),
+        (("name: mine", "name: 2020-13-45"), ["month must be in 1..12", "line 2"]),
+        (("train: {steps: " + "1" * 5000 + "}",), ["Exceeds the limit (4300 digits)", "line 6"]),
+        (("title: !!int ''",), ["this is no value", "line 6"]),
+        (("title: " + "[" * 20_000,), ["nested too deeply"]),
+        (("name: other",), ["the key name stands here a second time", "line 6"]),
+        (("train:\n  steps: 3\n  seed: 1\n  steps: 4",), ["the key steps stands here a second time", "line 9"]),
+        (("name: mine", 'name: "a\\0b"'), ["cannot be written (U+0000)", "line 2"]),
+        (('title: "\\ud800"',), ["cannot be written (U+D800)", "line 6"]),
+    ],
+)
+def test_mistakes_name_file_key_and_what_is_allowed(tmp_path: Path, change: tuple[str, ...], said: list[str]):
+    text = MINIMAL.replace(*change) if len(change) == 2 else MINIMAL + change[0] + "\n"
+    with pytest.raises(UsageError) as caught:
+        Card.load(write(tmp_path, text))
+    for words in (*said, str(tmp_path / "card.yaml")):
+        assert words in str(caught.value)
+
+
+def floats() -> list[str]:
+    """section.key of every number that may have a fraction."""
+    sections = {**{n: f.annotation for n, f in Card.model_fields.items()}, "source": UrlSource}
+    return [
+        f"{section}.{field.alias or key}"
+        for section, model in sections.items()
+        if isinstance(model, type) and issubclass(model, BaseModel)
+        for key, field in model.model_fields.items()
+        if field.annotation in (float, float | None)
+    ]
+
+
+@pytest.mark.parametrize("key", floats())
+def test_a_number_that_is_not_finite_is_refused_everywhere(tmp_path: Path, key: str):
+    assert {"source.timeout_s", "train.lambda", "decoder.guidance_scale", "filter.min_aesthetic_score"} <= {*floats()}
+    data = yaml.safe_load(MINIMAL)
+    section, name = key.split(".")
+    for value in (float("inf"), float("-inf"), float("nan")):
+        changed = {**data, section: {**data.get(section, {}), name: value}}
+        with pytest.raises(UsageError, match=f"{key}: Input should be a finite number"):
+            Card.load(write(tmp_path, yaml.safe_dump(changed)))
+
+
+def test_every_whole_number_is_bounded():
+    sections = [ShapesSource, UrlSource, *(field.annotation for field in Card.model_fields.values())]
+    for model in sections:
+        for key, field in model.model_fields.items() if isinstance(model, type) and model is not str else ():
+            if field.annotation in (int, int | None):
+                assert any(hasattr(bound, "le") for bound in field.metadata), f"{model.__name__}.{key}"
+
+
+def test_a_merged_key_is_no_second_one(tmp_path: Path):
+    text = MINIMAL.replace("source: {", "source: &list {") + "evaluate: &a {seed: 1, rows: 9}\nrender: {seed: 2}\n"
+    merged = text.replace("render: {seed: 2}", "x: &x {seed: 3}\nrender: {<<: *x, seed: 2}")
+    with pytest.raises(UsageError, match="unknown key x"):  # and nothing else: `seed` overrides what is merged
+        Card.load(write(tmp_path, merged))
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(UsageError, match=r"(?s)unknown card 'shpes'.*did you mean shapes\?.*cc12m"):
+        Card.load("shpes")
+    with pytest.raises(UsageError, match="no such card file"):
+        Card.load("here/none.yaml")

@@ -1,0 +1,265 @@
+"""The download stage: real img2dataset against real HTTP servers; every row's fate, resume, interruption, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from eclipse.lab.server import list_path
+from eclipse.lab.truth import planted, row_of
+from eclipse.pipeline.core.card import Card
+from eclipse.pipeline.core.errors import EclipseError, UsageError
+from eclipse.pipeline.core.progress import Progress
+from eclipse.pipeline.core.workspace import Workspace
+from eclipse.pipeline.download.stage import download
+from eclipse.pipeline.images.decode import Sample, read_shard
+from eclipse.pipeline.images.rejects import read_rejected
+from shards import picture
+from web import Handler, drip, picture_answer, serving
+
+ROWS, SHARD = 150, 25
+QUIET = Progress(quiet=True)
+
+
+def shapes_workspace(root: Path) -> Workspace:
+    card = Card.load("shapes")
+    source = card.source.model_copy(update={"rows": ROWS, "rows_per_shard": SHARD, "timeout_s": 3.0})
+    return Workspace.create(root, card.model_copy(update={"source": source}))
+
+
+def urls_workspace(root: Path, table: dict[str, list], **source: Any) -> Workspace:
+    card = {
+        "name": "test",
+        "source": {"kind": "urls", "urls": "list.parquet", "timeout_s": 3.0, "retries": 1, **source},
+        "encoder": {"model": "none"},
+        "decoder": {"path": "none"},
+    }
+    ws = Workspace.create(root, Card.model_validate(card))
+    pq.write_table(pa.table(table), root / "list.parquet")
+    return ws
+
+
+def samples(ws: Workspace) -> list[Sample]:
+    found = [item for path in sorted(ws.images.glob("*.tar")) for item in read_shard(path)]
+    assert all(isinstance(item, Sample) for item in found)
+    return [item for item in found if isinstance(item, Sample)]
+
+
+def content(ws: Workspace) -> list[tuple[int, str, bytes, bytes]]:
+    """What of the samples does not depend on the port: row, uid, hash, stored bytes."""
+    return sorted((row_of(s.url), s.uid, s.image_sha256, s.data) for s in samples(ws))
+
+
+def children(name: str, root: Path) -> list[int]:
+    """Processes running the module `name` for the workspace at `root`, anywhere on this machine."""
+    pids = []
+    for folder in Path("/proc").iterdir():
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            log = str((folder / "fd/2").readlink())
+        except OSError:
+            continue
+        if name.encode() in arguments and log.startswith(str(root)):
+            pids.append(int(folder.name))
+    return pids
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def nothing_runs(root: Path) -> bool:
+    return not children("eclipse.pipeline.download.worker", root) and not children("eclipse.lab.server", root)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[str, Any]]:
+    ws = shapes_workspace(tmp_path_factory.mktemp("done") / "ws")
+    with ws.lock("download"):
+        return ws, download(ws, QUIET)
+
+
+def test_every_row_of_the_dirty_list_has_the_fate_that_was_planted(done: tuple[Workspace, dict[str, Any]]):
+    ws, summary = done
+    plan = planted(0, ROWS)
+    by_row = {row_of(sample.url): sample for sample in samples(ws)}
+    dead = {entry.row: entry.fault for entry in plan if entry.kind == "dead"}
+    assert set(by_row) == set(range(ROWS)) - set(dead)
+    rejects = read_rejected(ws, "download").to_pylist()
+    reasons = {"not_found": "http_404", "reset": "connection_failed", "truncated": "cut_short", "stall": "timed_out"}
+    assert {row_of(reject["url"]): reject["reason"] for reject in rejects} == {
+        row: reasons[str(fault)] for row, fault in dead.items()
+    }
+    assert all(len(reject["key"]) > 5 and reject["shard"].isdigit() and reject["caption"] for reject in rejects)
+    assert summary["rows"] == ROWS == summary["images"] + sum(summary["rejected"].values())
+    assert summary["images"] == len(by_row)
+
+    table = pq.read_table(list_path(ws)).to_pydict()
+    assert {row: sample.caption for row, sample in by_row.items()} == {row: table["caption"][row] for row in by_row}
+    for entry in plan:
+        if entry.original is not None:
+            same = by_row[entry.row].image_sha256 == by_row[entry.original].image_sha256
+            assert same == (entry.kind == "exact_copy")
+    clean = by_row[next(entry.row for entry in plan if entry.kind == "clean")]
+    assert hashlib.sha256(clean.data).digest() == clean.image_sha256, "a good PNG is stored as it came"
+
+
+def test_shards_are_in_list_order_and_carry_nothing_temporary(done: tuple[Workspace, dict[str, Any]]):
+    ws, _ = done
+    for path in sorted(ws.images.glob("*.tar"))[: ROWS // SHARD]:
+        rows = [row_of(sample.url) for sample in read_shard(path) if isinstance(sample, Sample)]
+        assert rows == sorted(rows)
+        assert {row // SHARD for row in rows} == {int(path.stem)}
+        assert len(pq.read_table(path.with_suffix(".parquet"))) == SHARD
+    assert not [path for path in ws.images.iterdir() if path.name.startswith(".")]
+    assert nothing_runs(ws.root)
+
+
+def test_a_complete_download_answers_at_once_and_needs_no_img2dataset(done: tuple[Workspace, dict[str, Any]]):
+    ws, summary = done
+    code = (
+        "import sys; from pathlib import Path; from eclipse.pipeline.workspace import Workspace\n"
+        "from eclipse.pipeline.download import download; from eclipse.progress import Progress\n"
+        "print(download(Workspace.open(Path(sys.argv[1])), Progress())['already_complete'])\n"
+        "assert 'img2dataset' not in sys.modules and 'torch' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code, str(ws.root)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "True\n", "")
+    assert download(Workspace.open(ws.root), QUIET) == {**summary, "already_complete": True}
+
+
+def start(ws: Workspace, before: Callable[[], None] | None = None) -> subprocess.Popen:
+    command = [str(Path(sys.executable).with_name("eclipse")), "download", "-w", str(ws.root)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
+
+
+def test_killed_half_way_it_ends_in_the_same_samples(done: tuple[Workspace, dict[str, Any]], tmp_path: Path):
+    ws = shapes_workspace(tmp_path / "ws")
+    process = start(ws)
+    wait_for(lambda: len(list(ws.images.glob("*_stats.json"))) >= 2)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: nothing_runs(ws.root))
+    finished = {path: path.stat().st_mtime_ns for path in ws.images.glob("*.tar") if stats_of(path).exists()}
+    assert 2 <= len(list(ws.images.glob("*_stats.json"))) < ROWS // SHARD
+    with ws.lock("download"):
+        summary = download(ws, QUIET)
+    assert content(ws) == content(done[0])
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished shards are left alone"
+    assert summary["images"] == done[1]["images"]
+    assert not [path for path in ws.images.iterdir() if path.name.startswith(".")]
+
+
+def stats_of(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_stats.json")
+
+
+def test_ctrl_c_ends_it_with_130_and_leaves_nothing_half_written(tmp_path: Path):
+    ws = shapes_workspace(tmp_path / "ws")
+    process = start(ws)
+    wait_for(lambda: list(ws.images.glob(".tmp-fetch-*/*.tar")))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    assert "interrupted" in err and "Traceback" not in err
+    assert nothing_runs(ws.root)
+    assert not [path for path in ws.images.iterdir() if path.name.startswith(".")]
+
+
+def test_a_write_that_fails_ends_it_with_one_message(tmp_path: Path):
+    ws = shapes_workspace(tmp_path / "ws")
+    small = (40_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])  # no shard's tar fits, as on a full disk
+    process = start(ws, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out == ""
+    assert "img2dataset failed: OSError" in err and "shard 0000" in err and "Traceback" not in err
+    assert nothing_runs(ws.root)
+    assert not list(ws.images.iterdir())
+
+
+def test_failures_of_the_open_web_are_retried_replaced_or_named(tmp_path: Path):
+    root = tmp_path / "ws"
+    good = [picture(i, (300, 200)) for i in range(12)]
+
+    def flaky(handler: Handler, before: int) -> None:
+        first_pass_is_over = (root / "images/00000_stats.json").exists()
+        handler.give(good[1]) if first_pass_is_over else handler.send_error(503)
+
+    def kill_worker(handler: Handler, before: int) -> None:
+        if before == 0:
+            for pid in children("eclipse.pipeline.download.worker", root):
+                os.kill(pid, signal.SIGKILL)
+        handler.give(good[2])
+
+    answers = {f"/{i}.jpg": picture_answer(good[i]) for i in range(12)}
+    answers |= {
+        "/flaky": flaky, "/kill": kill_worker, "/drip": drip,
+        "/cut": picture_answer(good[3][:-300]), "/page": picture_answer(b"<html>gone</html>"),
+        "/refused": lambda handler, before: handler.give(good[4], X_Robots_Tag="noai"),
+    }  # fmt: skip
+    with serving(answers) as web:
+        paths = ["/flaky", "/kill", "/missing", "/drip", "/cut", "/page", "/refused", *(f"/{i}.jpg" for i in range(12))]
+        urls = [web.url(path) for path in paths] + ["ftp://x/y", " "]
+        captions = [f"caption {i}" for i in range(len(urls))]
+        table = {"link": urls, "text": captions}
+        ws = urls_workspace(root, table, url_column="link", caption_column="text", rows_per_shard=10, image_size=64)
+        summary = download(ws, QUIET)
+        assert web.hits["/missing"] <= 2 and web.hits["/flaky"] >= 2
+    assert summary["rejected"] == Counter(
+        {"unreadable": 2, "disallowed": 1, "empty_url": 1, "http_404": 1, "not_http": 1, "timed_out": 1}
+    )
+    assert summary["images"] == 14 and summary["recovered"] == 1 and summary["rows"] == 21
+    found = {sample.url: sample for sample in samples(ws)}
+    assert set(found) == {web.url(p) for p in ["/flaky", "/kill", *(f"/{i}.jpg" for i in range(12))]}
+    assert found[web.url("/3.jpg")].image_sha256 == hashlib.sha256(good[3]).digest(), "of the bytes as downloaded"
+    assert found[web.url("/flaky")].caption == "caption 0" and found[web.url("/flaky")].shard == "00002"
+    rejected = read_rejected(ws).to_pylist()
+    assert {r["key"] for r in rejected if not r["shard"]} == {"row 19", "row 20"}
+    assert next(r["caption"] for r in rejected if r["reason"] == "timed_out") == "caption 3"
+
+    lists = ws.root / "list.parquet"
+    pq.write_table(pa.table({"link": urls[:5], "text": captions[:5]}), lists)
+    shutil.rmtree(ws.logs / "state")  # as if it had been interrupted just before its end
+    with pytest.raises(EclipseError, match="URL list changed"):
+        download(ws, QUIET)
+
+
+def test_nothing_to_fetch_nothing_fetched_and_no_place_are_explained(tmp_path: Path):
+    empty = urls_workspace(tmp_path / "a", {"url": ["", "ftp://x/y"], "caption": ["a", "b"]})
+    with pytest.raises(UsageError, match="nothing to fetch: empty_url, not_http"):
+        download(empty, QUIET)
+    (empty.root / "list.parquet").unlink()
+    with pytest.raises(UsageError, match="cannot read the URL list"):
+        download(empty, QUIET)
+
+    with serving({"/1.jpg": picture_answer(picture(1))}) as web:
+        urls = [web.url("/1.jpg"), web.url("/missing")]
+        ws = urls_workspace(tmp_path / "b", {"url": urls, "caption": ["a", "b"]}, rows_per_shard=1, retries=0)
+        blocked = ws.images / "00001.parquet"
+        blocked.mkdir(parents=True)
+        with pytest.raises(EclipseError, match="img2dataset failed") as caught:
+            download(ws, QUIET)
+        assert caught.value.where is not None and "shard 00001" in caught.value.where
+        assert not [path for path in ws.images.iterdir() if path.name.startswith(".")]
+        blocked.rmdir()
+        assert download(ws, QUIET)["images"] == 1, "what was wrong is right, and it goes on"
+        assert not (ws.images / "00001.tar").exists(), "no tar where nothing was downloaded"
+        pq.write_table(pa.table({"url": urls[1:], "caption": ["b"]}), ws.root / "list.parquet")
+        with pytest.raises(EclipseError, match="no picture could be downloaded: http_404 1"):
+            download(ws, QUIET, overwrite=True)

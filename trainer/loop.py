@@ -1,0 +1,275 @@
+"""The training loop, and the stage around it. Called by stages.py for `eclipse train`; the lab calls `fit`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.progress import Progress
+from .data.batches import Batch, Batches
+from .distributed import World, count_gpus, join, under_launcher
+from .evaluate import embedding_metrics
+from .log import MetricsLog, draw_curves, read_metrics
+from .loss import Draw
+from .model.prior import save_prior
+from .run import ARMS, Job, Run, average_weights, prepare
+from .schedule import learning_rate
+from .spawn import spawn
+from .stopping import StopSignals, raise_stopped
+from .trackers import open_trackers
+
+if TYPE_CHECKING:
+    from ..pipeline.core.workspace import Workspace
+
+
+def fit(job: Job, world: World, progress: Progress) -> dict[str, Any]:
+    """Train to the job's last step, from where a former run stopped, and write final/. The summary, JSON-ready.
+
+    On SIGTERM and Ctrl-C: saves, then raises Terminated or KeyboardInterrupt. EclipseError if the loss diverges.
+    """
+    run = prepare(job, world, progress.say)
+    options, began, resumed_at = job.options, time.monotonic(), run.step
+    with (
+        StopSignals() as stop,
+        open_log(run) as log,
+        open_batches(run) as batches,
+        progress.task("train", options.steps, "steps") as task,
+    ):
+        task.advance(run.step)
+        while run.step < options.steps:
+            figures, stopped = training_step(run, next(batches), stop)
+            log.add("train", run.step, figures)
+            task.advance(failures=int(figures["skipped"]))
+            last = run.step == options.steps
+            if last or run.step % options.validate_every == 0:
+                validate(run, log)
+                task.describe(log.summary())
+            if last or stopped or run.step % options.checkpoint_every == 0:
+                log.flush()
+                if world.leads:
+                    run.save()
+            if stopped:
+                raise_stopped(stopped, run.step)
+    return finish(run, log, seconds=time.monotonic() - began, steps=run.step - resumed_at, waited=batches.wait_seconds)
+
+
+def training_step(run: Run, batch: Batch, stop: StopSignals) -> tuple[dict[str, float], int]:
+    """One update from a global batch, of which `batch` is this process's share: figures, and the signal to stop at."""
+    options = run.job.options
+    terms = accumulate_gradient(run, batch)
+    norm = torch.nn.utils.clip_grad_norm_(run.prior.parameters(), options.clip_gradient)
+    values = torch.stack([*terms.values(), norm])
+    # Every process sees the same means, and so comes to the same decisions.
+    shared = run.world.mean(torch.cat([values, values.new_tensor(stop.flags())])).tolist()
+    figures = dict(zip([*terms, "gradient_norm"], shared[:-2], strict=True))
+    rate = learning_rate(
+        run.step,
+        peak=options.learning_rate,
+        warmup=options.warmup,
+        steps=options.steps,
+        restarts=options.restarts,
+    )
+    accepted = run.guard.accepts(run.step, figures["loss"], figures["gradient_norm"])
+    if accepted:
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        average_weights(run.average, run.prior, step=run.step, decay=options.ema)
+    run.prior.zero_grad()
+    run.step += 1
+    return {**figures, "learning_rate": rate, "skipped": float(not accepted)}, stop.signal_of(shared[-2:])
+
+
+def accumulate_gradient(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """Backward through the batch, in pieces of options.microbatch rows if that is set; the losses' means over it.
+
+    Each piece is contrasted with the texts of the whole global batch, so pieces change nothing but rounding.
+    """
+    size, texts = len(batch.rows), run.world.gather(batch.text_embedding)
+    draw = draw_for(run, len(texts))
+    offset = run.world.rank * size
+    means: dict[str, Tensor] = {}
+    for start in range(0, size, piece_size := run.job.options.microbatch or size):
+        stop = min(start + piece_size, size)
+        own = slice(offset + start, offset + stop)
+        last_piece = stop == size
+        with nullcontext() if last_piece else gradients_kept(run):
+            terms = run.objective(
+                run.predict,
+                batch.image_embedding[start:stop],
+                batch.text_embedding[start:stop],
+                batch.text if stop - start == size else batch.text.take(start, stop),
+                Draw(draw.noise[own], draw.uniform[own]),
+                texts,
+                first=offset + start,
+            )
+            share = (stop - start) / size
+            (terms["loss"] * share).backward()
+        means = {name: means.get(name, 0) + share * term.detach() for name, term in terms.items()}
+    return means
+
+
+def gradients_kept(run: Run) -> Any:
+    """Gradients stay on their process for now: they are exchanged with the last piece."""
+    return run.model.no_sync() if isinstance(run.model, DistributedDataParallel) else nullcontext()
+
+
+def draw_for(run: Run, count: int) -> Draw:
+    """The random numbers of this step's global batch: they follow from seed and step, however many processes share."""
+    digest = hashlib.blake2b(f"{run.job.options.seed} {run.step}".encode(), digest_size=7).digest()
+    generator = torch.Generator(run.world.device).manual_seed(int.from_bytes(digest))
+    dim = run.prior.config.embedding_dim
+    noise = torch.randn(count, dim, generator=generator, device=run.world.device)
+    return Draw(noise, torch.rand(count, 2, generator=generator, device=run.world.device))
+
+
+def open_log(run: Run) -> MetricsLog:
+    """The metrics of this run, from its step on; those of processes that do not lead go nowhere."""
+    job, leads = run.job, run.world.leads
+    config = {"fingerprint": job.fingerprint, "preset": job.preset, **job.options.model_dump(mode="json")}
+    trackers = open_trackers(job.directory, run.step, job.options.wandb, config) if leads else []
+    return MetricsLog(job.directory, run.step, active=leads, trackers=trackers)
+
+
+def open_batches(run: Run) -> Batches:
+    """The stream of this process's shares, from the run's step on."""
+    options, world = run.job.options, run.world
+    return Batches(
+        run.store,
+        run.rows,
+        options.batch_size,
+        seed=options.seed,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        dtype=torch.bfloat16 if run.half else torch.float32,
+        position=run.step * options.batch_size,
+        states_from=run.states_from,
+        resident=options.resident,
+        block_rows=options.block_rows,
+    )
+
+
+def validate(run: Run, log: MetricsLog) -> None:
+    """Measure the averaged weights on rows that are held back; keep the best so far as best/."""
+    if not run.world.leads:
+        return
+    rows, seed = run.validation_rows, run.job.validation_seed
+    metrics = embedding_metrics(run.average, run.store, rows, seed, states_from=run.states_from)
+    log.add("validation", run.step, metrics)
+    if run.best is None or metrics["cosine_image"] > run.best["cosine_image"]:
+        run.best = {"step": run.step, **metrics}
+        save_prior(run.average, run.job.directory / "best")
+
+
+def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: float) -> dict[str, Any]:
+    """Write final/ and the curves, and sum the run up."""
+    job = run.job
+    if run.guard.skipped == run.step:
+        hint = (
+            "lower train.learning_rate and train.lambda, or raise train.temperature; then `eclipse train --overwrite`"
+        )
+        raise EclipseError("nothing was learnt: every step was skipped", where=f"{run.step} steps", hint=hint)
+    final = job.directory / "final"
+    if run.world.leads:
+        save_prior(run.average, final)
+        draw_curves(log.path, job.report)
+    validation = [line for line in read_metrics(log.path) if line["kind"] == "validation"]
+    return {
+        "arm": job.options.arm,
+        "parameters": sum(p.numel() for p in run.prior.parameters()),
+        "steps": run.step,
+        "skipped_steps": run.guard.skipped,
+        "train_rows": len(run.rows),
+        "validation_rows": len(run.validation_rows),
+        "device": f"{run.world.size} × {_device_name(run.world.device)}",
+        "seconds": round(seconds, 2),
+        "samples_per_second": round(steps * job.options.batch_size / seconds, 1) if steps else 0.0,
+        "data_wait_share": round(waited / seconds, 4),
+        "validation": validation[-1] if validation else {},
+        "best": run.best,
+        "prior": str(final),
+        "curves": str(job.report),
+    }
+
+
+def train(
+    ws: Workspace,
+    progress: Progress,
+    *,
+    gpus: int | None = None,
+    overwrite: bool = False,
+    steps: int | None = None,
+    arm: str | None = None,
+) -> dict[str, Any]:
+    """The stage: train the card's prior from the filtered cache, on this machine's GPUs or as torchrun arranged.
+
+    steps and arm stand in for the card's. Resumes by itself; under other settings than before it raises EclipseError.
+    """
+    from ..pipeline.core.card import STAGE_SECTIONS
+
+    if arm not in (None, *ARMS):
+        raise UsageError(f"unknown arm {arm!r}", where="--arm", hint=f"choose from {', '.join(ARMS)}")
+    asked = (("steps", steps), ("arm", arm))
+    changes = {name: value for name, value in asked if value not in (None, getattr(ws.card.train, name))}
+    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["train"])
+    if changes:
+        fingerprint = hashlib.sha256(json.dumps([fingerprint, changes], sort_keys=True).encode()).hexdigest()
+    leads = os.environ.get("RANK", "0") == "0"
+    if not overwrite and (done := ws.completed("train", fingerprint)):
+        return done
+    ws.require_intact("filter")
+    count, job = count_gpus(gpus), job_for(ws, changes, fingerprint)
+    checkpoints = ws.prior / "checkpoints"
+    anew = ws.redoing("train", ws.prior, made=lambda: checkpoints.is_dir() and any(checkpoints.iterdir()))
+    with anew if overwrite and leads else nullcontext():
+        if leads:
+            ws.begin("train", fingerprint)
+        if count > 1 and not under_launcher():
+            summary = spawn(work, count, job, False, progress.quiet)
+        else:
+            summary = work(job, count == 0, progress.quiet, progress)
+        if leads:
+            ws.finish("train", fingerprint, summary)
+    return summary
+
+
+def job_for(ws: Workspace, changes: dict[str, Any], fingerprint: str) -> Job:
+    """The workspace's job, with changes to the card's train section."""
+    card = ws.card
+    return Job(
+        directory=ws.prior,
+        embeddings=ws.embeddings,
+        selection=ws.selection,
+        report=ws.reports / "train.png",
+        preset=card.prior.preset,
+        options=card.train.model_copy(update=changes),
+        encoder=card.encoder,
+        fingerprint=fingerprint,
+        validation_rows=card.evaluate.rows,
+        validation_seed=card.evaluate.seed,
+    )
+
+
+def work(job: Job, on_cpu: bool, quiet: bool, progress: Progress | None = None) -> dict[str, Any]:
+    """One process's part of a job, alone or among others."""
+    threads = torch.get_num_threads()
+    try:
+        with join(on_cpu=on_cpu) as world:
+            return fit(job, world, progress if progress and world.leads else Progress(quiet=quiet or not world.leads))
+    finally:
+        torch.set_num_threads(threads)  # a small network takes one; later stages of this process want all
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

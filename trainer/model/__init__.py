@@ -1,0 +1,1 @@
+"""The networks: attention, transformer, the ECLIPSE prior, the diffusion baseline."""

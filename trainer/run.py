@@ -1,0 +1,230 @@
+"""What a training run is made of, fresh or resumed: network, average, optimizer, rows. Called by train.py."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..pipeline.cache.store import Store
+from ..pipeline.core.errors import EclipseError, UsageError
+from .checkpoint import load_newest, save_checkpoint
+from .data.captions import EmptyCaption
+from .data.feeds import StatesFrom
+from .data.live_text import live_text
+from .data.split import split
+from .distributed import World
+from .guard import Guard
+from .loss import Objective
+from .model.diffusion import DiffusionObjective, DiffusionPrior
+from .model.prior import PRESETS, Prior
+from .model.transformer import PriorConfig
+from .optim import make_optimizers, optimizer_tensors, restore_optimizers
+
+if TYPE_CHECKING:
+    from ..pipeline.core.card import EncoderSection, TrainSection
+
+ARMS = ("eclipse", "projection", "diffusion")
+PUBLISHED = ("karlo", "kandinsky22")  # presets whose embedding_dim is part of what they are
+KEPT_CHECKPOINTS = 2
+STATISTICS_ROWS = 10_000
+
+WORTH_SPLITTING = 2_000_000  # parameters from which a CPU step gains from several threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where to put it. Plain values: processes are started with it.
+
+    directory: the workspace's prior/, or any other. report: where the curves go. fingerprint: what a checkpoint must
+    carry to be resumed. validation_rows: at most so many are measured.
+    """
+
+    directory: Path
+    embeddings: Path
+    selection: Path
+    report: Path
+    preset: str
+    options: TrainSection
+    encoder: EncoderSection
+    fingerprint: str
+    validation_rows: int
+    validation_seed: int = 0
+
+
+@dataclass
+class Run:
+    """A run between two steps. `step` counts global batches consumed, skipped ones included; `states_from` makes token
+    states where the cache stores none.
+    """
+
+    job: Job
+    world: World
+    store: Store
+    rows: np.ndarray
+    validation_rows: np.ndarray
+    prior: Prior | DiffusionPrior
+    model: nn.Module
+    average: Prior | DiffusionPrior
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    objective: Objective | DiffusionObjective
+    guard: Guard
+    states_from: StatesFrom | None
+    step: int = 0
+    best: dict[str, Any] | None = None
+
+    @property
+    def half(self) -> bool:
+        """Whether the forward pass runs in bfloat16."""
+        return self.job.options.precision == "bf16" and self.world.device.type == "cuda"
+
+    def predict(self, *inputs: Any) -> Tensor:
+        """The network, in the job's precision, with gradients exchanged between processes."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.half):
+            return self.model(*inputs)
+
+    def save(self) -> None:
+        """Write a checkpoint; on the leading process only."""
+        state = {
+            "fingerprint": self.job.fingerprint,
+            "rows": _identity(self.rows),
+            "guard": asdict(self.guard),
+            "best": self.best,
+        }
+        tensors = {
+            "prior": self.prior.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizers, self.prior),
+        }
+        save_checkpoint(self.job.directory / "checkpoints", self.step, state, tensors, keep=KEPT_CHECKPOINTS)
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Continue from the newest intact checkpoint, if there is one."""
+        folder = self.job.directory / "checkpoints"
+        found = load_newest(folder, say if self.world.leads else lambda message: None)
+        if found is None:
+            return
+        state = found.state
+        if state["fingerprint"] != self.job.fingerprint or state["rows"] != _identity(self.rows):
+            what = "settings" if state["fingerprint"] != self.job.fingerprint else "rows"
+            hint = "undo the change, or start again with `eclipse train --overwrite`"
+            raise EclipseError(f"these checkpoints are of a run with other {what}", where=str(folder), hint=hint)
+        self.prior.load_state_dict(found.tensors["prior"])
+        self.average.load_state_dict(found.tensors["average"])
+        restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
+        self.guard = Guard(**state["guard"])
+        self.step, self.best = found.step, state["best"]
+
+
+def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
+    """Open the cache, build everything with the job's seed, resume. The same on every process."""
+    store = Store.open(job.embeddings)
+    rows, held_back = split(store, job.selection, job.options.validation)
+    chosen = np.random.default_rng(job.validation_seed).permutation(held_back)[: job.validation_rows]
+    states_from = live_text(store, job.encoder, world.device)
+    torch.manual_seed(job.options.seed)  # after the text tower, which draws weights of its own
+    prior = _network(job, store).to(world.device)
+    if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
+        torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
+    if isinstance(prior, DiffusionPrior):
+        _normalise(prior, store, rows, job)
+    run = Run(
+        job=job,
+        world=world,
+        store=store,
+        rows=rows,
+        validation_rows=np.sort(chosen),
+        prior=prior,
+        model=prior,
+        average=copy.deepcopy(prior).requires_grad_(False).eval(),
+        optimizers=make_optimizers(
+            prior,
+            job.options.optimizer,
+            learning_rate=job.options.learning_rate,
+            weight_decay=job.options.weight_decay,
+        ),
+        objective=_objective(prior, job, world),
+        guard=Guard(),
+        states_from=states_from,
+    )
+    run.resume(say)
+    if world.size > 1:
+        run.model = DistributedDataParallel(prior, device_ids=None if world.device.type == "cpu" else [world.device])
+    return run
+
+
+def prior_config(preset: str, store: Store, arm: str) -> PriorConfig:
+    """The preset for this cache. UsageError where the two do not fit."""
+    config, dim = PRESETS[preset], store.embedding_dim
+    if store.text_width != dim:
+        what = f"token states have {store.text_width} dimensions, embeddings {dim}: no published prior is made for that"
+        raise UsageError(
+            what, where="encoder.model", hint="use an encoder whose text tower is as wide as its embedding"
+        )
+    if preset in PUBLISHED and config.embedding_dim != dim:
+        hint = "use prior.preset small or large, which take any dimension, or this preset's own encoder"
+        raise UsageError(
+            f"preset {preset} is made for {config.embedding_dim} dimensions, the cache has {dim}",
+            where="prior.preset",
+            hint=hint,
+        )
+    longest = int(store.token_counts().max())
+    if longest > config.num_embeddings:
+        what = f"a caption has {longest} tokens; priors take {config.num_embeddings}"
+        raise UsageError(what, where="encoder.model", hint="use an encoder with CLIP's context length")
+    specials = DiffusionPrior.specials if arm == "diffusion" else Prior.specials
+    return replace(config, embedding_dim=dim, additional_embeddings=specials)
+
+
+def _network(job: Job, store: Store) -> Prior | DiffusionPrior:
+    config = prior_config(job.preset, store, job.options.arm)
+    return DiffusionPrior(config) if job.options.arm == "diffusion" else Prior(config)
+
+
+def _objective(prior: Prior | DiffusionPrior, job: Job, world: World) -> Objective | DiffusionObjective:
+    if isinstance(prior, DiffusionPrior):
+        return DiffusionObjective(prior)
+    options = job.options
+    weight = 0.0 if options.arm == "projection" else options.lambda_
+    empty = _empty_caption(job, world.device) if options.caption_dropout else None
+    return Objective(weight, options.temperature, options.projection_reduction, options.caption_dropout, empty)
+
+
+def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: Job) -> None:
+    """Mean and deviation of the training images, and the features of the empty caption."""
+    some = np.sort(np.random.default_rng(job.options.seed).permutation(rows)[:STATISTICS_ROWS])
+    images = torch.from_numpy(store.image_embeddings(some)).float()
+    nothing = _empty_caption(job, "cpu")
+    with torch.no_grad():
+        prior.clip_mean.copy_(images.mean(0, keepdim=True))
+        prior.clip_std.copy_(images.std(0, keepdim=True).clamp_min(1e-6))
+        prior.empty_text_embedding.copy_(nothing.embedding)
+        prior.empty_text_states.copy_(nothing.states)
+
+
+def _empty_caption(job: Job, device: torch.device | str) -> EmptyCaption:
+    from ..pipeline.embed.clip import Encoder
+
+    encoder = Encoder.load(job.encoder.model, job.encoder.pretrained)
+    nothing = encoder.encode_text(*encoder.tokenize([""]))
+    return EmptyCaption(nothing.embedding.to(device), nothing.states.to(device))
+
+
+def average_weights(average: nn.Module, prior: nn.Module, *, step: int, decay: float) -> None:
+    """One step of the exponential moving average, its decay growing from 0.1 so that the start is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    averaged, current = ([p.detach() for p in network.parameters()] for network in (average, prior))
+    get_ema_multi_avg_fn(decay)(averaged, current, step)
+
+
+def _identity(rows: np.ndarray) -> str:
+    return f"{len(rows)} rows, crc32 {zlib.crc32(rows.tobytes()):08x}"
