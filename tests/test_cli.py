@@ -54,7 +54,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path):
         "import sys; from eclipse.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'pyarrow', 'eclipse.pipeline.core.card'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'pyarrow', 'eclipse.pipeline.core.card'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)

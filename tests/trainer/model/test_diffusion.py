@@ -16,7 +16,7 @@ from eclipse.trainer.loss import Draw
 from eclipse.trainer.model.diffusion import DiffusionObjective, DiffusionPrior
 from eclipse.trainer.model.prior import PriorConfig, load_prior, sample, save_prior
 from learnable_cache import DIM, make_workspace
-from test_trainer_prior import captions
+from packed_captions import captions
 
 TINY = PriorConfig(24, num_layers=2, num_attention_heads=2, attention_head_dim=8, additional_embeddings=4)
 

@@ -9,18 +9,11 @@ import pytest
 import torch
 from eclipse.bench.padded import PaddedPrior, pad
 from eclipse.pipeline.core.errors import EclipseError
-from eclipse.trainer.model.prior import PRESETS, PackedText, Prior, PriorConfig, load_prior, sample, save_prior
+from eclipse.trainer.model.prior import PRESETS, Prior, PriorConfig, load_prior, sample, save_prior
+from packed_captions import captions
 from safetensors.torch import load_file, save_file
 
 TINY = PriorConfig(24, num_layers=2, num_attention_heads=2, attention_head_dim=8)
-
-
-def captions(lengths: list[int], dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, PackedText]:
-    """Noise, text embeddings and packed states of captions with these numbers of tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    noise, pooled = (torch.randn(len(lengths), dim, generator=generator) for _ in range(2))
-    return noise, pooled, PackedText(torch.randn(int(offsets[-1]), dim, generator=generator), offsets)
 
 
 @pytest.mark.parametrize("preset", ["karlo", "kandinsky22"])
