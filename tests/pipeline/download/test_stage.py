@@ -134,8 +134,8 @@ def test_shards_are_in_list_order_and_carry_nothing_temporary(done: tuple[Worksp
 def test_a_complete_download_answers_at_once_and_needs_no_img2dataset(done: tuple[Workspace, dict[str, Any]]):
     ws, summary = done
     code = (
-        "import sys; from pathlib import Path; from eclipse.pipeline.workspace import Workspace\n"
-        "from eclipse.pipeline.download import download; from eclipse.progress import Progress\n"
+        "import sys; from pathlib import Path; from eclipse.pipeline.core.workspace import Workspace\n"
+        "from eclipse.pipeline.download.stage import download; from eclipse.pipeline.core.progress import Progress\n"
         "print(download(Workspace.open(Path(sys.argv[1])), Progress())['already_complete'])\n"
         "assert 'img2dataset' not in sys.modules and 'torch' not in sys.modules"
     )

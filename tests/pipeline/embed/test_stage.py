@@ -357,7 +357,7 @@ def _children() -> list[int]:
             command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(parent) == os.getpid() and b"embed_worker" in command:
+        if int(parent) == os.getpid() and b"eclipse.pipeline.embed.worker" in command:
             found.append(int(status.parent.name))
     return found
 
