@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.seeds import stream_seed
 from ..pipeline.core.workspace import atomic_path
 from .decoder import Captions, Unconditional
 from .job import TEXT_PRIOR
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..trainer.model.prior import PackedText
 
 CHUNK = 256
-PRIOR_STREAM = 2**32  # a decoder draws from the bare seed, as stock diffusers does; the prior's noise is another stream
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def predict(prior: str, texts: Texts, rows: Sequence[int], seeds: Sequence[int],
     for start in range(0, len(rows), CHUNK):
         chunk = list(rows[start : start + CHUNK])
         pooled = texts.embedding[index[start : start + CHUNK].to(texts.embedding.device)]
-        noise_seeds = [PRIOR_STREAM + seed for seed in seeds[start : start + CHUNK]]
+        # A decoder draws its latents from the bare seed, as stock diffusers does: the prior needs a stream of its own.
+        noise_seeds = [stream_seed("prior noise", seed) for seed in seeds[start : start + CHUNK]]
         embedding = sample(model, pooled, texts.packed(chunk), seed=noise_seeds)
         predicted.append(embedding.float().cpu())
     return torch.cat(predicted)

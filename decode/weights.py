@@ -9,8 +9,14 @@ from ..pipeline.core.errors import EclipseError
 
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
-    """`kind.from_pretrained(path)`, safetensors only. Raises EclipseError that names the path and what to do."""
+    """`kind.from_pretrained(path)`, safetensors only. Raises EclipseError that names the path and what to do.
+
+    What a pipeline consists of is written in a file that comes with it: it may name models of diffusers and of
+    transformers, and neither other libraries nor Python of its own.
+    """
     try:
+        if hasattr(kind, "download"):
+            _require_known_parts(kind, kind.load_config(path))
         return kind.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -22,6 +28,27 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
             if local
             else "name a local directory, or a hub id that this machine can reach (decoder.path in the card)",
         ) from error
+
+
+def _require_known_parts(kind: Any, config: dict[str, Any]) -> None:
+    """Raise ValueError if a pipeline's model_index.json names another pipeline, or parts that are no models."""
+    import diffusers
+    import transformers
+
+    known = {  # library → what its parts are derived from
+        "diffusers": (diffusers, (diffusers.ModelMixin, diffusers.SchedulerMixin)),  # pyright: ignore[reportPrivateImportUsage]
+        "transformers": (transformers, (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)),
+    }
+
+    if config.get("_class_name") != kind.__name__:
+        raise ValueError(f"its model_index.json is of {str(config.get('_class_name'))[:80]}, not of {kind.__name__}")
+    for name, part in config.items():
+        if name.startswith("_") or not isinstance(part, list):
+            continue
+        library, bases = known.get(str(part[0]) if len(part) == 2 else "", (None, ()))
+        found = getattr(library, str(part[1]), None) if library else None
+        if part != [None, None] and not (isinstance(found, type) and issubclass(found, bases)):
+            raise ValueError(f"its model_index.json names {str(part)[:80]} as {name}, which is no model known here")
 
 
 def quiet_diffusers() -> None:

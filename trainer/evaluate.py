@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..pipeline.cache.store import Store
 from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.seeds import stream_seed
 from .data.batches import read_batch
 from .data.feeds import StatesFrom
 from .data.live_text import live_text
@@ -45,7 +46,7 @@ def embedding_metrics(
     predictions, images, texts = [], [], []
     for chunk in np.array_split(rows, max(1, -(-len(rows) // CHUNK))):
         batch = read_batch(store, chunk, device=device, states_from=states_from)
-        seeds = [seed * 1_000_003 + int(row) for row in chunk]
+        seeds = [stream_seed("validation noise", seed, row) for row in chunk]
         predictions.append(sample(prior, batch.text_embedding, batch.text, seed=seeds))
         images.append(batch.image_embedding)
         texts.append(batch.text_embedding)
@@ -99,7 +100,7 @@ def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 def _others(n: int, seed: int) -> np.ndarray:
     """(n,) for each row another one, at random, every row once."""
-    order = np.random.default_rng(seed).permutation(n)
+    order = np.random.default_rng(stream_seed("others' captions", seed)).permutation(n)
     others = np.empty(n, np.int64)
     others[order] = np.roll(order, 1)
     return others

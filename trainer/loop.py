@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.progress import Progress
+from ..pipeline.core.seeds import stream_seed
 from .data.batches import Batch, Batches
 from .distributed import World, count_gpus, join, under_launcher
 from .evaluate import embedding_metrics
@@ -126,8 +127,8 @@ def gradients_kept(run: Run) -> Any:
 
 def draw_for(run: Run, count: int) -> Draw:
     """The random numbers of this step's global batch: they follow from seed and step, however many processes share."""
-    digest = hashlib.blake2b(f"{run.job.options.seed} {run.step}".encode(), digest_size=7).digest()
-    generator = torch.Generator(run.world.device).manual_seed(int.from_bytes(digest))
+    seed = stream_seed("training draw", run.job.options.seed, run.step)
+    generator = torch.Generator(run.world.device).manual_seed(seed)
     dim = run.prior.config.embedding_dim
     noise = torch.randn(count, dim, generator=generator, device=run.world.device)
     return Draw(noise, torch.rand(count, 2, generator=generator, device=run.world.device))

@@ -21,8 +21,11 @@ MODELS = INSTALLATION / "lab" / "models"
 
 # Far above what anybody means, and below what the libraries behind a key break on.
 MANY = 1_000_000_000
-MAX_SEED = 2**32 - 1  # a row's seed is this times a million, and generators take 64 bits
+MAX_SEED = 2**32 - 1  # what torch's CPU generator reads of a seed
 MAX_IMAGE_SIZE = 4096
+LARGEST_CARD = 1 << 20  # bytes; a card that spells out every key takes about 6,000
+SHOWN_KEYS = 12  # of those that are wrong
+MOST_NODES = 20_000  # of a card's YAML, each alias counted as what it stands for
 MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
 
 Scheduler = Literal["ddpm", "ddim"]
@@ -248,6 +251,8 @@ class Card(Section):
         """Read a card by its name (`shapes`) or its path. UsageError names file, key and the allowed values."""
         path = find_card(name_or_path)
         try:
+            if path.stat().st_size > LARGEST_CARD:
+                raise UsageError(f"this is no card: it is larger than {LARGEST_CARD:,} bytes", where=str(path))
             loader = _Loader(path.read_text(encoding="utf-8"))
             loader.name = path.name  # what the messages call it
             data = loader.get_single_data()
@@ -289,6 +294,26 @@ class Card(Section):
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that also refuses a key given twice, and names the line of a value that is none."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The whole card as nodes, checked before anything is built: aliases can stand for more than any memory."""
+        node = super().get_single_node()
+        sizes: dict[int, int] = {}
+        if node is not None and self._size(node, sizes) > MOST_NODES:
+            raise _at(node, f"aliases multiply this to more than {MOST_NODES:,} values")
+        return node
+
+    def _size(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """How many values a node stands for; `sizes` holds those known, by identity."""
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_NODES  # an alias within its own anchor has no end
+            inner: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                inner = [each for pair in node.value for each in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                inner = node.value
+            sizes[id(node)] = 1 + sum(self._size(each, sizes) for each in inner)
+        return sizes[id(node)]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -404,7 +429,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"missing key {key}")
         else:
             lines.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}, not {_shown(detail['input'])}")
-    return lines[0] if len(lines) == 1 else "\n  - ".join([f"{len(lines)} keys are wrong:", *lines])
+    count, more = len(lines), [f"and {len(lines) - SHOWN_KEYS} more"] if len(lines) > SHOWN_KEYS else []
+    return lines[0] if count == 1 else "\n  - ".join([f"{count} keys are wrong:", *lines[:SHOWN_KEYS], *more])
 
 
 def _without_tag(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 
 from .errors import EclipseError, Terminated
-from .progress import Progress
+from .progress import Progress, printable
 
 INTERRUPTED = 130
 
@@ -40,7 +41,7 @@ def present(
         raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
     try:
         if as_json:
-            print(json.dumps(plain(result), indent=1, ensure_ascii=False))
+            print(_json(plain(result), indent=1))
         else:
             show(result)
         sys.stdout.flush()
@@ -50,6 +51,12 @@ def present(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter fails on the same buffer again at its end
         raise typer.Exit(_fail(error, as_json=False, debug=debug)) from None
     return result
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON for standard output: what JSON allows raw and a terminal obeys is escaped, which means the same."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def plain(value: Any) -> Any:
@@ -72,13 +79,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[printable(_cell(value)) for value in row] for row in rows]
     view = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+        title=title and Text(printable(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
     )
     for index, column in enumerate(columns):
         numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        view.add_column(Text(printable(column)), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         view.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else 200
@@ -93,12 +105,12 @@ def show_summary(summary: dict[str, Any], *, title: str) -> None:
         if key == "already_complete" or isinstance(value, list):
             continue
         if not isinstance(value, dict):
-            print(f"  {key.replace('_', ' ')}: {_cell(value)}")
+            print(printable(f"  {key.replace('_', ' ')}: {_cell(value)}"))
         elif value and all(isinstance(inner, dict) for inner in value.values()):
             _show_grid(key, value)
         else:
             pairs = ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
-            print(f"  {key.replace('_', ' ')}: {pairs or 'none'}")
+            print(printable(f"  {key.replace('_', ' ')}: {pairs or 'none'}"))
 
 
 def _show_grid(key: str, grid: dict[str, dict[str, Any]]) -> None:
@@ -134,9 +146,11 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     else:
         problem = explain(error)
         code = problem.exit_code
-    print(f"error: {problem}", file=sys.stderr)
+    parts = {"error": problem.what, "where": problem.where, "hint": problem.hint}
+    shown = {name: part and printable(part) for name, part in parts.items()}
+    print(f"error: {EclipseError(str(shown['error']), where=shown['where'], hint=shown['hint'])}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": problem.what, "where": problem.where, "hint": problem.hint, "exit_code": code}))
+        print(_json({**shown, "exit_code": code}))
     return code
 
 

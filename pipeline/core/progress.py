@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -10,6 +11,20 @@ from contextlib import contextmanager
 from typing import Any
 
 PLAIN_INTERVAL_S = 10.0
+LONGEST_MESSAGE = 4000  # characters; names and values come from data, and data may be of any length
+# What a terminal obeys instead of showing: control characters but tab and line end (ESC begins the sequences that move
+# the cursor or set the title), the same again as C1, overrides of the writing direction, halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` as it may reach a terminal: control characters spelled out, cut where it is far too long.
+
+    Every message, bar, table and summary goes through here; none of them escapes by itself.
+    """
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]}… ({len(text) - LONGEST_MESSAGE:,} more characters)"
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class Task:
@@ -74,7 +89,7 @@ class _PlainTask(Task):
             parts.append(f"{self.failures:,} failed")
         if self.note:
             parts.append(self.note)
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        print(printable(", ".join(parts)), file=sys.stderr, flush=True)
 
 
 class _BarTask(Task):
@@ -89,7 +104,9 @@ class _BarTask(Task):
         seconds = time.monotonic() - self.started_at
         rate = f"{self.done / seconds:,.1f} {self.unit}/s" if seconds > 0.2 else ""
         failed = f"[red]{self.failures:,} failed[/red] " if self.failures else ""
-        self._bars.update(self._id, completed=self.done, rate=rate, remarks=failed + self.note)
+        from rich.markup import escape
+
+        self._bars.update(self._id, completed=self.done, rate=rate, remarks=failed + escape(printable(self.note)))
 
     def _close(self) -> None:
         self._changed()
@@ -109,9 +126,9 @@ class Progress:
         if self.quiet:
             return
         if self._bars is not None:
-            self._bars.console.print(message, markup=False, highlight=False)
+            self._bars.console.print(printable(message), markup=False, highlight=False)
         else:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:

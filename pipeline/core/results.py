@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from .console import show_summary, table
+from .progress import printable
 
 
 def show_stage(stage: str, summary: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def show_status(result: dict[str, Any]) -> None:
     rows = [[s["stage"], s["state"], s["counts"], s["finished_at"]] for s in result["stages"]]
     table(["stage", "state", "counts", "finished"], rows, title=f"{result['card']} in {result['workspace']}")
     if result["holder"]:
-        print(f"at work: {result['holder']}")
+        print(printable(f"at work: {result['holder']}"))
     print(f"next: {result['next']}" if result["next"] else "every stage is complete")
 
 
@@ -152,4 +153,4 @@ def show_doctor(result: dict[str, Any]) -> None:
     for title, checks in result["checks"].items():
         rows = [[marks[c["state"]], c["name"], c["found"], c["to_do"]] for c in checks]
         table(["", "check", "found", "what to do"], rows, title=title)
-    print(result["verdict"])
+    print(printable(result["verdict"]))

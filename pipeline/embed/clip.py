@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import open_clip
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ WEIGHTS = (  # in open_clip's order of preference
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
 )  # fmt: skip
+REACHING_AT_ALL = ("trust_remote_code", "auto_map")
+REACHING = (*REACHING_AT_ALL, "tokenizer_kwargs", "tokenizer_mode", "hf_tokenizer_name", "hf_model_name",
+            "timm_model_pretrained")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,7 +98,11 @@ class Encoder:
         """
         model, pretrained = resolve(model), resolve(pretrained) if pretrained else None
         model, pretrained = PRESETS.get(model, (model, pretrained))
-        _check_name(model, pretrained)
+        named = model.startswith(("hf-hub:", "local-dir:"))
+        if named:
+            _check_config_of(model)
+        else:
+            _check_name(model, pretrained)
         try:
             loaded = open_clip.create_model(
                 model,
@@ -103,7 +111,9 @@ class Encoder:
                 require_pretrained=True,
                 pretrained_image=False,
             )
-            tokenizer = open_clip.get_tokenizer(model)
+            # Of what is not open_clip's own the config was checked to want CLIP's tokenizer: asking open_clip for it
+            # would read the file again, which may be another one by then.
+            tokenizer = SimpleTokenizer() if named else open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip raises whatever its many sources raise
             raise EclipseError(
                 f"cannot load the encoder: {error}",
@@ -221,6 +231,27 @@ def _check_config(config: Any) -> None:
     towers = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(towers, dict) or not all(isinstance(towers.get(key), dict) for key in ("vision_cfg", "text_cfg")):
         raise ValueError("this is not a model's config: it needs model_cfg with vision_cfg and text_cfg")
+    if reaching := next(_reaching_keys(config), None):
+        raise ValueError(f"its key {reaching} has further code, models or weights loaded, which no config may do here")
+
+
+def _reaching_keys(value: Any, path: str = "") -> Iterator[str]:
+    """The keys of a config, at any depth, that would have open_clip load more than this one model's weights.
+
+    Tokenizers of the hub can bring Python of their own (trust_remote_code, auto_map), and no prior can use them;
+    transformers' and timm's names can lead to any other repository.
+    """
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return
+    for key, inner in value.items():
+        here = f"{path}.{key}" if path else str(key)
+        harmless = inner in (None, "", False, {}) and key not in REACHING_AT_ALL
+        if (key in REACHING and not harmless) or (key == "timm_model_name" and ":" in str(inner)):
+            yield here
+        else:
+            yield from _reaching_keys(inner, here)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -229,11 +260,24 @@ def _weights_in(folder: Path) -> Path:
     return next((folder / name for name in WEIGHTS if (folder / name).exists()), (others or [folder / WEIGHTS[0]])[0])
 
 
-def _check_name(model: str, pretrained: str | None) -> None:
-    if model.startswith(("hf-hub:", "local-dir:")):
-        if model.startswith("local-dir:"):
-            check_directory(Path(model.removeprefix("local-dir:")))
+def _check_config_of(model: str) -> None:
+    """Raise EclipseError if the config behind `local-dir:…` or `hf-hub:…` is none, or would load more than it."""
+    if model.startswith("local-dir:"):
+        check_directory(Path(model.removeprefix("local-dir:")))
         return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = model.removeprefix("hf-hub:").partition("@")
+    try:
+        path = hf_hub_download(repository, CONFIG, revision=revision or None)
+        _check_config(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, RecursionError) as error:
+        hint = "weights are fetched once from their hub; offline, use local-dir:PATH"
+        raise EclipseError(f"cannot load the encoder: {error}", where=model, hint=hint) from error
+
+
+def _check_name(model: str, pretrained: str | None) -> None:
     name = model.replace("/", "-")
     if name not in open_clip.list_models():
         import difflib

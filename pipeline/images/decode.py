@@ -31,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 PIXEL_LIMIT = 1 << 26  # 200 MB as RGB; a header of a few bytes can claim more than the memory holds
 TEXT_LIMIT = 1 << 20  # bytes of a caption or of a sample's JSON
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # WebDataset's convention: the key ends at the first dot
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -61,6 +62,8 @@ class BadPictureError(Exception):
     """The bytes give no picture; `reason` is the code for rejected.parquet."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # Pillow names the stream by its address in memory, and two runs would differ by it.
+        detail = _ADDRESS.sub("", detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
 

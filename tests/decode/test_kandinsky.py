@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,6 @@ def test_what_cannot_be_loaded_is_named(path: Path, tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused(path: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "pickled"
     shutil.copytree(path, copy)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -121,3 +121,25 @@ def test_pickled_weights_are_refused(path: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(EclipseError, match="weights cannot be loaded"):
         load_decoder("kandinsky22", str(copy), unconditional=Unconditional(NEGATIVE))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unet": ["subprocess", "Popen"]}, "subprocess"),
+        ({"unet": ["diffusers", "DiffusionPipeline"]}, "DiffusionPipeline"),
+        ({"scheduler": ["transformers", "pipeline"]}, "pipeline"),
+        ({"_class_name": ["mine", "KandinskyV22Pipeline"]}, "mine"),
+    ],
+)
+def test_a_decoders_index_names_models_alone(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
+) -> None:
+    from diffusers import KandinskyV22Pipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    shutil.copytree(path, tmp_path / "decoder")
+    index = tmp_path / "decoder" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    monkeypatch.setattr(KandinskyV22Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("diffusers was asked"))
+    with pytest.raises(EclipseError, match=said):
+        load_decoder("kandinsky22", str(tmp_path / "decoder"), unconditional=Unconditional(NEGATIVE))

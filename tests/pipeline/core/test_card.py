@@ -178,3 +178,32 @@ def test_an_unknown_name_suggests_the_nearest():
         Card.load("shpes")
     with pytest.raises(UsageError, match="no such card file"):
         Card.load("here/none.yaml")
+
+
+def bomb(levels: int, line: str) -> str:
+    """A few hundred bytes of YAML whose aliases stand for 9 to the power of `levels` values."""
+    lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
+    lines += [f"a{n}: &a{n} {line.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("line", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_multiply_are_refused_before_they_do(tmp_path: Path, line: str):
+    text = MINIMAL + bomb(9, line).replace("a0: &a0 [1,1,1,1,1,1,1,1,1]", "a0: &a0 {b: 1, c: 2}")
+    with pytest.raises(UsageError, match="aliases multiply") as caught:
+        Card.load(write(tmp_path, text))
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(UsageError, match="aliases multiply"):
+        Card.load(write(tmp_path, MINIMAL + "title: &a [*a]\n"))
+
+
+def test_hundreds_of_wrong_keys_make_a_short_message(tmp_path: Path):
+    many = "".join(f"wrong{n}: {n}\n" for n in range(500))
+    with pytest.raises(UsageError, match="500 keys are wrong") as caught:
+        Card.load(write(tmp_path, MINIMAL + many))
+    assert len(str(caught.value)) < 4000 and "and 488 more" in str(caught.value)
+
+
+def test_a_file_of_megabytes_is_no_card(tmp_path: Path):
+    with pytest.raises(UsageError, match="larger than"):
+        Card.load(write(tmp_path, MINIMAL + "# " + "x" * 2_000_000))

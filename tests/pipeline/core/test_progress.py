@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 import sys
+from typing import Any
+
+import pytest
+import typer
+from eclipse.pipeline.core.console import present, show_summary, table
+from eclipse.pipeline.core.errors import UsageError
+from eclipse.pipeline.core.progress import Progress
 
 WORK = """
 import sys
@@ -54,3 +62,33 @@ def test_a_terminal_gets_a_bar_with_rate_and_failures():
     assert process.returncode == 0 and out == b""
     for words in ("embed", "━", "1200/1200", "12 failed", "loss 0.5", "before [1/6]", "within", "3/?"):
         assert words in text
+
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\ud800e\x07"
+
+
+def test_nothing_from_data_steers_the_terminal(capsys: pytest.CaptureFixture[str]):
+    progress = Progress()
+    progress.say(HOSTILE)
+    with progress.task("embed", 1, "images") as task:
+        task.describe(HOSTILE)
+    table([HOSTILE], [[HOSTILE]], title=HOSTILE)
+    show_summary({"kept": HOSTILE, "by": {HOSTILE: 1}, "grid": {HOSTILE: {HOSTILE: 1}}}, title="filter")
+    with pytest.raises(typer.Exit):
+        present(lambda progress: _fail(HOSTILE), print)
+    with pytest.raises(typer.Exit):
+        present(lambda progress: _fail(HOSTILE), print, as_json=True)
+    present(lambda progress: {"name": HOSTILE}, print, as_json=True)
+    out, err = capsys.readouterr()
+    assert not set(out + err) & set("\x1b\x9b\u202e\ud800\x07") and "\\x1b[2J" in out and "\\x9b31m" in err
+    assert json.loads(out[out.rindex('{\n "name"') :]) == {"name": HOSTILE}
+
+
+def _fail(text: str) -> dict[str, Any]:
+    raise UsageError(text, where=text, hint=text)
+
+
+def test_a_message_of_megabytes_is_cut(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit):
+        present(lambda progress: _fail("x" * 4_000_000), print)
+    assert len(capsys.readouterr().err) < 20_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,44 @@ def test_weights_under_open_clips_other_names_load(tmp_path: Path, encoder: Enco
     torch.save(state, weights.with_name("open_clip_pytorch_model.bin"))
     weights.with_name("mine.safetensors").write_bytes(b"not what is loaded")
     assert Encoder.load(name).fingerprint == encoder.fingerprint
+
+
+CODE_IN_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("text_cfg.tokenizer_kwargs", {"tokenizer_kwargs": {"trust_remote_code": True}}),
+    ("text_cfg.hf_tokenizer_name", {"hf_tokenizer_name": "any/thing"}),
+    ("text_cfg.hf_model_name", {"hf_model_name": "any/thing"}),
+    ("text_cfg.norm_kwargs.auto_map", {"norm_kwargs": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}}),
+]
+
+
+@pytest.mark.parametrize(("key", "change"), CODE_IN_CONFIGS)
+def test_no_config_has_code_or_further_models_loaded(tmp_path: Path, key: str, change: dict[str, Any]) -> None:
+    folder = tmp_path / "clip"
+    name = make_clip(folder)
+    config = {"model_cfg": {**TINY, "text_cfg": {**TINY["text_cfg"], **change}}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(EclipseError, match=f"model_cfg.{key} has further code") as error:
+        Encoder.load(name)
+    assert error.value.where == str(folder / "open_clip_config.json")
+
+
+def test_python_beside_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What open_clip would do with such a directory, and that nothing of it happens even past the check."""
+    folder, ran = tmp_path / "clip", tmp_path / "ran"
+    name = make_clip(folder)
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**TINY, "text_cfg": text}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with contextlib.suppress(Exception):
+        open_clip.get_tokenizer(name)
+    assert ran.exists()  # the danger is real
+    ran.unlink()
+    with pytest.raises(EclipseError, match="has further code"):
+        Encoder.load(name)
+    monkeypatch.setattr("eclipse.pipeline.embed.clip._check_config", lambda config: None)
+    Encoder.load(name)
+    assert not ran.exists()

@@ -101,7 +101,7 @@ def test_what_cannot_be_decoded_says_why():
     ]:  # fmt: skip
         with pytest.raises(BadPictureError) as caught:
             open_picture(data)
-        assert caught.value.reason == reason
+        assert caught.value.reason == reason and "0x" not in str(caught.value)  # the same in every run
     sample = Sample("00000", "k", b"nothing", "a caption", "http://u", bytes(32))
     assert decode(sample) == Reject("00000", "k", "unreadable", "http://u", "a caption")
 
