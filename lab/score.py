@@ -97,6 +97,7 @@ def measure(
         "held_out_compositions": len(world.held_out_pairs),
         "accuracy": _by_category(prompts, shots),
         "embedding": retrieval,
+        "warnings": _warnings(retrieval),
     }
     return summary, prompts, shots
 
@@ -126,7 +127,10 @@ def encode_scenes(encoder: Encoder, scenes: Sequence[Any], batch: int = 256) -> 
 def _retrieval(
     world: World, encoder: Encoder, prior: str, count: int, device: str, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Fresh scenes with full captions: cosine to the true image embedding, and R@1 of the true picture among all."""
+    """Fresh scenes with full captions: cosine to the true image embedding, and R@1 of the true picture among all.
+
+    Beside the prior: the raw text embedding, and `mean`, the best constant, which finds the true picture by chance.
+    """
     import torch.nn.functional as F
 
     from ..decode.conditioning import encode_texts, predict
@@ -145,7 +149,30 @@ def _retrieval(
                 "recall_at_1": round(float(found), 4),
                 "scenes": count,
             }
+        # The mean of unit vectors is the constant nearest to them; its length is their mean cosine to it.
+        table[f"mean_{split}"] = {
+            "cosine_to_image": round(float(true.mean(0).norm()), 4),
+            "recall_at_1": round(1 / count, 4),
+            "scenes": count,
+        }
     return table
+
+
+def _warnings(table: dict[str, dict[str, float]]) -> list[str]:
+    """Where the prior does not beat what needs no training."""
+    from ..trainer.evaluate import unbeaten
+
+    found = []
+    for split in SPLITS:
+        prior, mean, text = (table[f"{arm}_{split}"] for arm in ("prior", "mean", "text"))
+        figures = ("cosine_to_image", "recall_at_1")
+        arms = {
+            "prior": {name: prior[name] for name in figures},
+            "constant mean embedding": {"cosine_to_image": mean["cosine_to_image"]},
+            "raw text embedding": {name: text[name] for name in figures},
+        }
+        found += [f"{split} compositions: {warning}" for warning in unbeaten(arms, int(prior["scenes"]))]
+    return found
 
 
 def decode_pictures(

@@ -39,6 +39,7 @@ def write_score_page(
         splits=splits,
         accuracy=accuracy,
         embedding=summary["embedding"],
+        embedded={**ARM_NAMES, "mean": "the best constant"},
         groups=[
             {"category": category, "split": split, "rows": _rows(category, split, prompts, shots)}
             for category in CATEGORIES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .model.diffusion import DiffusionPrior
 
 CHUNK = 256
+FEWEST_ROWS = 20  # below, whether the true image is found says little about chance
 
 
 def embedding_metrics(
@@ -39,8 +41,9 @@ def embedding_metrics(
     cosine_image: cosine of prediction and true image. similarity_own: of prediction and its caption's embedding, with
     that of the true images, similarity_true_image, and of the predictions with others' captions, similarity_shuffled,
     beside it. recall_k: how often the true image is among the k nearest of all n; text_recall_1: the same for the raw
-    text embedding. norm_ratio: length of predictions over that of true images. A row's noise depends on seed and row
-    alone.
+    text embedding, whose cosine_image is similarity_true_image. mean_cosine_image: of the best constant, the mean of
+    these very images' unit vectors. chance_recall_1: 1/n. norm_ratio: length of predictions over that of true images. A
+    row's noise depends on seed and row alone.
     """
     device = prior.prd_embedding.device
     predictions, images, texts = [], [], []
@@ -61,8 +64,45 @@ def embedding_metrics(
         "similarity_shuffled": (prediction * text[_others(len(rows), seed)]).sum(1).mean().item(),
         **{f"recall_{k}": (ranks < k).float().mean().item() for k in (1, 5, 10)},
         "text_recall_1": (_ranks(text, image) < 1).float().mean().item(),
+        "mean_cosine_image": image.mean(0).norm().item(),  # of unit vectors, their mean's length is just that
+        "chance_recall_1": 1 / len(rows),
         "norm_ratio": lengths.mean().item(),
     }
+
+
+def beside_baselines(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What `embedding_metrics` found as a table, prior and baselines, and a warning for each baseline not beaten.
+
+    Three predictors need no training: one constant for every caption, the caption's own text embedding, and a guess.
+    """
+    table: dict[str, dict[str, float]] = {
+        "prior": {"cosine_to_image": metrics["cosine_image"], "recall_at_1": metrics["recall_1"]},
+        "constant mean embedding": {"cosine_to_image": metrics["mean_cosine_image"]},
+        "raw text embedding": {
+            "cosine_to_image": metrics["similarity_true_image"],
+            "recall_at_1": metrics["text_recall_1"],
+        },
+        "chance": {"recall_at_1": metrics["chance_recall_1"]},
+    }
+    return {"beside_baselines": table, "warnings": unbeaten(table, round(1 / metrics["chance_recall_1"]))}
+
+
+def unbeaten(table: Mapping[str, Mapping[str, float]], rows: int) -> list[str]:
+    """A sentence for each baseline of the table that its row `prior` does not beat. rows: how many were measured."""
+    named = {"cosine_to_image": "cosine to the true image", "recall_at_1": "share of true images found first"}
+    prior, found = table["prior"], []
+    for baseline in ("constant mean embedding", "raw text embedding"):
+        for figure, theirs in table[baseline].items():
+            if prior[figure] <= theirs:
+                found.append(
+                    f"the prior does not beat the {baseline}: its {named[figure]} is {prior[figure]:.3f}, not above"
+                    f" {theirs:.3f}"
+                )
+    # By chance one of n is found on average, and one more or less is its standard deviation.
+    if rows >= FEWEST_ROWS and prior["recall_at_1"] * rows <= 3:
+        hits = round(prior["recall_at_1"] * rows)
+        found.append(f"the prior finds the true image first in {hits} of {rows:,} rows, which is chance")
+    return found
 
 
 def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
@@ -84,7 +124,7 @@ def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states_from = live_text(store, card.encoder, device)
     metrics = embedding_metrics(load_prior(final, device), store, chosen, card.evaluate.seed, states_from=states_from)
-    return {"rows": len(chosen), **metrics}
+    return {"rows": len(chosen), **metrics, **beside_baselines(metrics)}
 
 
 def _ranks(queries: Tensor, images: Tensor) -> Tensor:

@@ -68,8 +68,11 @@ class MetricsLog:
     def summary(self) -> str:
         """A short remark beside the progress bar."""
         loss = self._latest.get("train", {}).get("loss", math.nan)
-        cosine = self._latest.get("validation", {}).get("cosine_image", math.nan)
-        return f"loss {loss:.3g}" + ("" if math.isnan(cosine) else f", cosine to the true image {cosine:.3f}")
+        validation = self._latest.get("validation", {})
+        if not validation:
+            return f"loss {loss:.3g}"
+        cosine, constant = (validation.get(name, math.nan) for name in ("cosine_image", "mean_cosine_image"))
+        return f"loss {loss:.3g}, cosine to the true image {cosine:.3f} (a constant: {constant:.3f})"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -102,11 +105,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for name, panel in zip(("loss", "projection", "contrastive"), axes[0], strict=True):
         _plot(panel, training, [name], smooth=True)
         panel.set_title(f"{name} (training)")
-    _plot(axes[1][0], validation, ["cosine_image"])
+    _plot(axes[1][0], validation, ["cosine_image", "mean_cosine_image"])
     axes[1][0].set_title("cosine to the true image")
     _plot(axes[1][1], validation, ["similarity_own", "similarity_true_image", "similarity_shuffled"])
     axes[1][1].set_title("similarity to captions")
-    _plot(axes[1][2], validation, ["recall_1", "recall_5", "recall_10"])
+    _plot(axes[1][2], validation, ["recall_1", "recall_5", "recall_10", "text_recall_1"])
     axes[1][2].set_title("true image among the k nearest")
     axes[1][2].set_ylim(-0.03, 1.03)
     for panel in axes.flat:

@@ -18,7 +18,7 @@ from ..pipeline.core.progress import Progress
 from ..pipeline.core.seeds import stream_seed
 from .data.batches import Batch, Batches
 from .distributed import World, count_gpus, join, under_launcher
-from .evaluate import embedding_metrics
+from .evaluate import beside_baselines, embedding_metrics
 from .log import MetricsLog, draw_curves, read_metrics
 from .loss import Draw
 from .model.prior import save_prior
@@ -186,6 +186,8 @@ def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: flo
         save_prior(run.average, final)
         draw_curves(log.path, job.report)
     validation = [line for line in read_metrics(log.path) if line["kind"] == "validation"]
+    # A metrics.jsonl of an earlier version has no baselines in it.
+    measured = beside_baselines(validation[-1]) if validation and "mean_cosine_image" in validation[-1] else {}
     return {
         "arm": job.options.arm,
         "parameters": sum(p.numel() for p in run.prior.parameters()),
@@ -198,6 +200,7 @@ def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: flo
         "samples_per_second": round(steps * job.options.batch_size / seconds, 1) if steps else 0.0,
         "data_wait_share": round(waited / seconds, 4),
         "validation": validation[-1] if validation else {},
+        **measured,
         "best": run.best,
         "prior": str(final),
         "curves": str(job.report),

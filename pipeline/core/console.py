@@ -101,6 +101,8 @@ def show_summary(summary: dict[str, Any], *, title: str) -> None:
     """Print a stage's summary: single values as lines, and each mapping of mappings as a table."""
     done = "complete already" if summary.get("already_complete") else "done"
     print(f"{title}: {done}")
+    for warning in summary.get("warnings", ()):
+        print(printable(f"  warning: {warning}"))
     for key, value in summary.items():
         if key == "already_complete" or isinstance(value, list):
             continue

@@ -36,8 +36,12 @@ def test_every_arm_is_scored_in_every_category_and_split(summary: dict) -> None:
     for row in summary["accuracy"].values():
         assert set(row) == columns and all(0 <= value <= 1 for value in row.values())
     assert summary["prompts"] == 6 * 2 * 2 and summary["pictures"] == 3 * summary["prompts"]
-    assert set(summary["embedding"]) == {f"{arm}_{split}" for arm in ("prior", "text") for split in ("seen", "unseen")}
+    assert set(summary["embedding"]) == {
+        f"{arm}_{split}" for arm in ("prior", "text", "mean") for split in ("seen", "unseen")
+    }
     assert all(-1 <= row["cosine_to_image"] <= 1 for row in summary["embedding"].values())
+    # An untrained prior is beaten by a constant, and says so.
+    assert any("seen compositions: the prior does not beat the constant mean" in each for each in summary["warnings"])
 
 
 def test_figures_and_page_are_written_and_a_second_run_does_nothing(ws: Workspace, summary: dict) -> None:
