@@ -32,7 +32,7 @@ from .ensemble import LENGTHS, Ensemble, Pairs, Settings, Training
 from .scene_stream import BLOCK, MOST_CAPTIONS, Drawn, Order, stream, workers
 from .shapes import World
 
-LONGEST = 80.0  # seconds that `rates` waits for what is compiled
+LONGEST = 60.0  # seconds that `rates` waits for what is compiled
 DEEP = PriorConfig(128, num_layers=8, num_attention_heads=6)
 SHAPES = {"tiny": PRESETS["tiny"], "small": PRESETS["small"], "deep": DEEP}
 RECIPE = Recipe(31, 512, 1e-3, (Phase(0, 0.05, 0.1, 0.3, 0.6, retold_share=0.3, crowded_share=0.4),))
