@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +13,6 @@ from ..core.workspace import atomic_path
 from ..images.rejects import Reject
 from ..images.tar import require_regular
 from .tasks import ShardTask
-
-SAMPLED_BLOCKS, BLOCK = 16, 4096
 
 
 @dataclass
@@ -80,24 +77,9 @@ def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
             where=str(task.part),
             hint="undo the change, use another workspace, or start over with `eclipse embed --overwrite`",
         )
-    if fate is None or fate.rows != part.rows or fate.content != content_of(task.tar):
+    if fate is None or fate.rows != part.rows or fate.content != task.shard.content():
         return None
     return fate
-
-
-def content_of(tar: Path) -> str:
-    """A cheap mark of a tar's content: its size and sixteen samples of it. Survives copying, notices a new download."""
-    try:
-        require_regular(tar)
-        size = tar.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with tar.open("rb") as file:
-            for index in range(SAMPLED_BLOCKS):
-                file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-    except OSError as error:
-        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(tar)) from error
-    return digest.hexdigest()
 
 
 def _differences(before: PartMeta, after: PartMeta) -> list[str]:

@@ -1,4 +1,4 @@
-"""The start of a lane: a thread that reads tars ahead of the encoder and has their samples decoded. Used by lane.py."""
+"""The start of a lane: a thread that reads shards ahead of the encoder and has samples decoded. Used by lane.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
-from ..images.decode import Sample, read_shard
+from ..images.decode import Sample
 from ..images.rejects import Reject
 from .tasks import ShardTask
 from .writer import Row, Shard
@@ -18,7 +18,7 @@ Group = tuple[Shard, "Future[list[Row | Reject]] | None"]
 
 
 class LaneReader:
-    """Reads tars and starts the decoding of their samples, at most `ahead` groups before the encoder.
+    """Reads shards and starts the decoding of their samples, at most `ahead` groups before the encoder.
 
     Iterating gives (shard, group being decoded) in order, and (shard, None) at a shard's end.
     """
@@ -74,7 +74,7 @@ class LaneReader:
 
     def _read(self, shard: Shard) -> None:
         items: list[Sample | Reject] = []
-        for item in read_shard(shard.task.tar) if shard.error is None else ():
+        for item in shard.task.shard.samples() if shard.error is None else ():
             shard.fate.inputs += 1
             items.append(item)
             if len(items) == GROUP:

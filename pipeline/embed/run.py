@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -104,7 +103,7 @@ class EmbedRun:
         if self._fatal:
             raise EclipseError(f"cannot write embeddings: {self._fatal}", hint="finished parts are kept; run it again")
         if given_up := self.book.given_up:
-            names = {task.number: task.tar for task in self.tasks}
+            names = {task.number: task.shard for task in self.tasks}
             shown = [f"{names[n].name}: {why}" for n, why in sorted(given_up.items())[:SHOWN_SHARDS]]
             more = f"\n  and {len(given_up) - SHOWN_SHARDS} more" if len(given_up) > SHOWN_SHARDS else ""
             raise EclipseError(
@@ -128,11 +127,6 @@ class EmbedRun:
 
 
 def _expected(tasks: Sequence[ShardTask]) -> int | None:
-    """Pictures in these shards by img2dataset's own counts; None if a shard has none."""
-    total = 0
-    for task in tasks:
-        try:
-            total += int(json.loads(task.tar.with_name(f"{task.tar.stem}_stats.json").read_text())["successes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return total
+    """Pictures in these shards by their own counts; None if a shard has none."""
+    counts = [task.shard.expected() for task in tasks]
+    return None if None in counts else sum(count or 0 for count in counts)

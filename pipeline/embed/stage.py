@@ -12,7 +12,7 @@ from ..cache.part import part_name
 from ..core.card import STAGE_SECTIONS
 from ..core.errors import EclipseError, UsageError
 from ..images.rejects import Reject, write_rejected
-from ..images.shards import numbered_shards
+from ..images.shards import shards_of
 from .fates import Fate
 from .run import EmbedRun
 from .tasks import ShardTask
@@ -84,7 +84,7 @@ def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> li
 
     Raises EclipseError if there is none, or a part is an orphan and such are not allowed.
     """
-    shards = numbered_shards(ws.images)
+    shards = shards_of(ws)
     if not shards:
         raise EclipseError("no image shards to embed", where=str(ws.images), hint="run `eclipse download` first")
     wanted = {part_name(number) for number in shards}
@@ -96,8 +96,8 @@ def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> li
                 hint="move it away, or start over with `eclipse embed --overwrite`",
             )
     return [
-        ShardTask(number, tar, ws.embeddings / part_name(number), _fates(ws) / f"{number:05d}.json", batch_size)
-        for number, tar in shards.items()
+        ShardTask(number, shard, ws.embeddings / part_name(number), _fates(ws) / f"{number:05d}.json", batch_size)
+        for number, shard in shards.items()
     ]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..images.shards import ImageShard
+
 ATTEMPTS = 3
 
 
@@ -16,7 +18,7 @@ class ShardTask:
     """One image shard to embed into one part. `fate`: where the account of its inputs goes before the part appears."""
 
     number: int
-    tar: Path
+    shard: ImageShard
     part: Path
     fate: Path
     batch_size: int

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cache.part import PartMeta, PartWriter
 from ..images.decode import Sample
 from ..images.rejects import Reject
-from .fates import Fate, content_of
+from .fates import Fate
 from .tasks import Event, ShardDone, ShardFailed, ShardTask
 
 NO_USE_TRYING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -65,9 +65,9 @@ class Shard:
 
     @classmethod
     def begin(cls, task: ShardTask) -> Shard:
-        shard = cls(task, Fate(task.tar.name, ""))
+        shard = cls(task, Fate(task.shard.name, ""))
         try:
-            shard.fate.content = content_of(task.tar)
+            shard.fate.content = task.shard.content()
         except Exception as error:
             shard.error = error
         return shard

@@ -5,16 +5,15 @@ Quality comes before copies: a row that is thrown out for its caption or size mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.errors import EclipseError
 from ..core.progress import Progress
-from ..images.shards import small_pictures
+from ..images.shards import ImageShard, small_pictures
 from . import caption_mismatch as mismatch
 from . import dedup
 
@@ -38,10 +37,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every rule sees. `rows`: global rows still kept, ascending. `images`: the folder of the image shards."""
+    """What every rule sees. `rows`: global rows still kept, ascending. `shards`: where the pictures lie."""
 
     store: Store
-    images: Path
+    shards: Mapping[int, ImageShard]
     rows: np.ndarray
     options: FilterSection
     progress: Progress
@@ -187,7 +186,7 @@ def _overlay(inputs: Inputs, rows: np.ndarray, i: np.ndarray, j: np.ndarray) -> 
     limit = inputs.options.near_copy_picture
     assert limit is not None
     used, place = np.unique(np.concatenate([i, j]), return_inverse=True)
-    pictures = small_pictures(inputs.images, inputs.store, rows[used], SIDE, inputs.progress)
+    pictures = small_pictures(inputs.shards, inputs.store, rows[used], SIDE, inputs.progress)
     first, second = place[: len(i)], place[len(i) :]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     passed = np.zeros(len(i), bool)
@@ -254,11 +253,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def apply(store: Store, images: Path, options: FilterSection, progress: Progress) -> Iterator[tuple[str, Finding]]:
+def apply(
+    store: Store, shards: Mapping[int, ImageShard], options: FilterSection, progress: Progress
+) -> Iterator[tuple[str, Finding]]:
     """Run every rule the card has switched on over what the rules before it left; yields reason and finding."""
     left = np.ones(len(store), bool)
     for rule in RULES:
-        finding = rule(Inputs(store, images, np.flatnonzero(left), options, progress))
+        finding = rule(Inputs(store, shards, np.flatnonzero(left), options, progress))
         if finding is not None:
             left[finding.rejected] = False
             yield rule.__name__, finding

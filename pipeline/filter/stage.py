@@ -12,6 +12,7 @@ from ..core.card import STAGE_SECTIONS
 from ..core.errors import EclipseError
 from ..core.progress import Progress
 from ..core.workspace import Workspace, atomic_path
+from ..images.shards import shards_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +72,7 @@ def _judge(store: Store, ws: Workspace, progress: Progress) -> tuple[pa.Table, d
     for name in ("clip_score", *store.meta.head_scores):
         scores[name] = np.array(store.column(name).to_numpy(), np.float32)
     notes: dict[str, float] = {}
-    for name, finding in rules.apply(store, ws.images, ws.card.filter, progress):
+    for name, finding in rules.apply(store, shards_of(ws), ws.card.filter, progress):
         reason[finding.rejected] = name
         if finding.duplicate_of is not None:
             duplicate_of[finding.rejected] = finding.duplicate_of

@@ -1,24 +1,116 @@
-"""Picture files found again in the image shards by (shard number, key); called by rules.py, pages.py and embed.py."""
+"""Where a workspace's pictures lie, shard by shard, and pictures found again in them. Used by embed, filter and report.
+
+A shard is whatever has a fixed order of samples: a tar, a part of a folder, some rows of a table. Everything after the
+download knows shards by their numbers, and reads them through `ImageShard` alone.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..cache.part import LARGEST_NUMBER
 from ..core.errors import EclipseError
-from .decode import EXTENSIONS, BadPictureError, open_picture
+from .decode import EXTENSIONS, BadPictureError, Sample, open_picture, read_shard
+from .rejects import Reject
 from .tar import require_regular
 
 if TYPE_CHECKING:
     from ..cache.store import Store
     from ..core.progress import Progress
+    from ..core.workspace import Workspace
+
+SAMPLED_BLOCKS, BLOCK = 16, 4096
+
+
+class ImageShard(Protocol):
+    """One shard of pictures with their captions. Sent to worker processes and cluster nodes: small, and picklable."""
+
+    @property
+    def name(self) -> str:
+        """What messages and accounts call it."""
+        ...
+
+    def samples(self) -> Iterator[Sample | Reject]:
+        """What it holds, always in the same order; a Reject for everything else that is or should be there.
+
+        Raises EclipseError if it cannot be read.
+        """
+        ...
+
+    def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+        """The picture files with these keys, as (key, bytes). What is not there or unreadable is left out."""
+        ...
+
+    def content(self) -> str:
+        """A cheap mark of its content: survives copying, notices a change. Raises EclipseError."""
+        ...
+
+    def expected(self) -> int | None:
+        """How many pictures it holds, if that is known without reading it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """A WebDataset tar."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def samples(self) -> Iterator[Sample | Reject]:
+        return read_shard(self.path)
+
+    def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+        try:
+            require_regular(self.path)
+            with tarfile.open(self.path) as tar:
+                for member in tar:
+                    key, extension = _split(member.name)
+                    if key in keys and extension in EXTENSIONS and (file := tar.extractfile(member)):
+                        yield key, file.read()
+        except (OSError, tarfile.TarError):
+            return
+
+    def content(self) -> str:
+        """Its size and sixteen samples of it."""
+        try:
+            require_regular(self.path)
+            size = self.path.stat().st_size
+            digest = hashlib.sha256(str(size).encode())
+            with self.path.open("rb") as file:
+                for index in range(SAMPLED_BLOCKS):
+                    file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+        except OSError as error:
+            raise EclipseError(
+                f"cannot read the image shard: {error.strerror or error}", where=str(self.path)
+            ) from error
+        return digest.hexdigest()
+
+    def expected(self) -> int | None:
+        """By img2dataset's own count beside it."""
+        try:
+            return int(json.loads(self.path.with_name(f"{self.path.stem}_stats.json").read_text())["successes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def shards_of(ws: Workspace) -> dict[int, ImageShard]:
+    """Number → shard of every shard that the workspace's pictures lie in, in order. Raises EclipseError."""
+    return {number: TarShard(path) for number, path in numbered_shards(ws.images).items()}
 
 
 def numbered_shards(images: Path) -> dict[int, Path]:
@@ -39,22 +131,16 @@ def numbered_shards(images: Path) -> dict[int, Path]:
     return dict(zip(numbers, tars, strict=True))
 
 
-def picture_files(images: Path, wanted: Iterable[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], bytes]]:
+def picture_files(
+    shards: Mapping[int, ImageShard], wanted: Iterable[tuple[int, str]]
+) -> Iterator[tuple[tuple[int, str], bytes]]:
     """The files with these (shard number, key), shard after shard. What is not there or unreadable is left out."""
     keys: dict[int, set[str]] = defaultdict(set)
     for shard, key in wanted:
         keys[shard].add(key)
-    paths = numbered_shards(images)
-    for shard in sorted(keys):
-        try:
-            require_regular(paths[shard])
-            with tarfile.open(paths[shard]) as tar:
-                for member in tar:
-                    key, extension = _split(member.name)
-                    if key in keys[shard] and extension in EXTENSIONS and (file := tar.extractfile(member)):
-                        yield (shard, key), file.read()
-        except (OSError, KeyError, tarfile.TarError):
-            continue
+    for shard in sorted(keys.keys() & shards.keys()):
+        for key, data in shards[shard].files(keys[shard]):
+            yield (shard, key), data
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -64,32 +150,35 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
-def small_pictures(images: Path, store: Store, rows: np.ndarray, side: int, progress: Progress) -> np.ndarray:
+def small_pictures(
+    shards: Mapping[int, ImageShard], store: Store, rows: np.ndarray, side: int, progress: Progress
+) -> np.ndarray:
     """Pictures of these rows squeezed to squares: (n, side, side, 3) uint8, in a temporary file that is mapped.
 
     Raises EclipseError if any cannot be read.
     """
     from PIL import Image
 
-    shards, _ = store.part_of(rows)
-    where = dict(
-        zip(zip(shards.tolist(), store.column("key", rows).to_pylist(), strict=True), range(len(rows)), strict=True)
-    )
+    numbers, _ = store.part_of(rows)
+    where: dict[tuple[int, str], list[int]] = defaultdict(list)  # a picture with several captions has several rows
+    for place, picture in enumerate(zip(numbers.tolist(), store.column("key", rows).to_pylist(), strict=True)):
+        where[picture].append(place)
     with tempfile.TemporaryFile() as file:
         out = np.memmap(file, np.uint8, "w+", shape=(max(len(rows), 1), side, side, 3))[: len(rows)]
     with progress.task("reading pictures", len(rows), "pictures") as task:
-        for place, data in picture_files(images, list(where)):
+        for place, data in picture_files(shards, list(where)):
             try:
                 picture = open_picture(data, at_least=2 * side)
             except BadPictureError:
                 continue
-            out[where.pop(place)] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-            task.advance()
+            if place in where:
+                task.advance(len(where[place]))
+                out[where.pop(place)] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
     if where:
         shard, key = next(iter(where))
         raise EclipseError(
             f"{len(where):,} pictures that have to be compared cannot be read, {key} of shard {shard} among them",
-            where=str(images),
+            where=shards[shard].name if shard in shards else f"shard {shard}",
             hint="download them again, or set filter.near_copy_picture to null to let thumbnails decide alone",
         )
     return out

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.progress import Progress
 from ..core.workspace import Workspace
-from ..images.shards import picture_files
+from ..images.shards import picture_files, shards_of
 from . import charts
 from . import page as pages
 
@@ -52,7 +52,7 @@ class Shots:
         part, _ = store.part_of(self.rows)
         keys = store.column("key", self.rows).to_pylist()
         captions = store.column("caption", self.rows).to_pylist()
-        files = dict(picture_files(ws.images, zip(part.tolist(), keys, strict=True)))
+        files = dict(picture_files(shards_of(ws), zip(part.tolist(), keys, strict=True)))
         self._shots: dict[int, dict[str, Any]] = {}
         for row, shard, key, caption in zip(self.rows.tolist(), part.tolist(), keys, captions, strict=True):
             self._shots[row] = shot(files.get((shard, key)), caption)
@@ -117,7 +117,7 @@ def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
     some = _some(np.arange(len(table))).tolist()
     keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
     shards = [int(shard) for shard in table["shard"].to_pylist()]
-    files = dict(picture_files(ws.images, ((shards[i], keys[i]) for i in some)))
+    files = dict(picture_files(shards_of(ws), ((shards[i], keys[i]) for i in some)))
     return pages.write_page(
         ws.reports / "download.html",
         "download.html.j2",

@@ -13,7 +13,7 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.errors import EclipseError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.filter.stage import filter_cache
-from eclipse.pipeline.images.shards import numbered_shards, picture_files, small_pictures
+from eclipse.pipeline.images.shards import TarShard, numbered_shards, picture_files, shards_of, small_pictures
 
 QUIET = Progress(quiet=True)
 
@@ -43,7 +43,12 @@ def test_files_are_found_by_key(tmp_path: Path) -> None:
             member.size = len(name)
             tar.addfile(member, io.BytesIO(name.encode()))
     (tmp_path / "00001.tar").write_bytes(b"no tar at all")
-    found = dict(picture_files(tmp_path, [(0, "a/x"), (0, "y"), (0, "absent"), (1, "z"), (2, "z")]))
+    found = dict(
+        picture_files(
+            {0: TarShard(tmp_path / "00000.tar"), 1: TarShard(tmp_path / "00001.tar")},
+            [(0, "a/x"), (0, "y"), (0, "absent"), (1, "z"), (2, "z")],
+        )
+    )
     assert found == {(0, "a/x"): b"a/x.jpg", (0, "y"): b"y.png"}
 
 
@@ -51,7 +56,7 @@ def test_rows_get_their_own_pictures_in_any_order(tmp_path: Path) -> None:
     table, _ = synthetic_cache.plant(600)
     ws = synthetic_cache.write(tmp_path / "ws", table)
     rows = np.array([599, 3, 250])
-    pictures = small_pictures(ws.images, Store.open(ws.embeddings), rows, 16, QUIET)
+    pictures = small_pictures(shards_of(ws), Store.open(ws.embeddings), rows, 16, QUIET)
     for row, picture in zip(rows, pictures, strict=True):
         levels = np.clip(table[row].grey, 0, 255)
         assert np.corrcoef(levels.ravel(), picture.mean(axis=2).ravel())[0, 1] > 0.95

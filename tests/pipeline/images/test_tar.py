@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eclipse.pipeline.core.errors import EclipseError
-from eclipse.pipeline.embed.fates import content_of
 from eclipse.pipeline.images.decode import read_shard
-from eclipse.pipeline.images.shards import picture_files
+from eclipse.pipeline.images.shards import TarShard, picture_files
 from eclipse.pipeline.images.tar import Member, members
 
 NAMES = ["00000.jpg", "00000.txt", "dir/übung.jpg", "a" * 99, "b" * 100, "c" * 140 + "/" + "d" * 90, "e" * 300, "empty"]
@@ -50,5 +49,5 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(EclipseError, match="cannot read the image shard: not a regular file"):
         list(read_shard(path))
     with pytest.raises(EclipseError, match="cannot read the image shard: not a regular file"):
-        content_of(path)
-    assert list(picture_files(tmp_path, [(0, "x")])) == []
+        TarShard(path).content()
+    assert list(picture_files({0: TarShard(path)}, [(0, "x")])) == []
