@@ -55,8 +55,8 @@ class PaddedPrior(nn.Module):
         ]
         x = torch.cat([self.encoder_hidden_states_proj(states), *specials], dim=1) + self.positional_embedding
         keys = torch.cat([mask, mask.new_ones(len(mask), len(specials))], dim=1)
-        bias = torch.zeros(len(x), x.shape[1], x.shape[1]).masked_fill(~keys[:, None, :], -10000.0)
-        bias = bias + torch.full(bias.shape[1:], -10000.0).triu(1)
+        bias = torch.zeros(len(x), x.shape[1], x.shape[1], device=x.device).masked_fill(~keys[:, None, :], -10000.0)
+        bias = bias + torch.full_like(bias[0], -10000.0).triu(1)
         bias = bias.repeat_interleave(self.heads, dim=0)  # the layout diffusers expects: (B·heads, L, L)
         for block in self.transformer_blocks:
             x = block(x, attention_mask=bias)
@@ -65,7 +65,7 @@ class PaddedPrior(nn.Module):
 
 def pad(text: PackedText, length: int = 77) -> tuple[Tensor, Tensor]:
     """Packed captions → states (B, length, W) with zeros behind each caption, and the mask of real tokens."""
-    mask = torch.arange(length)[None, :] < text.offsets.diff()[:, None]
+    mask = torch.arange(length, device=text.offsets.device)[None, :] < text.offsets.diff()[:, None]
     states = text.states.new_zeros(len(text), length, text.states.shape[1])
     states[mask] = text.states
     return states, mask

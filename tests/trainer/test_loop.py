@@ -297,3 +297,15 @@ def test_an_unfit_preset_is_one_message(tmp_path: Path) -> None:
     ws.__dict__["card"] = card
     with pytest.raises(UsageError, match="768"):
         stage.train(ws, QUIET)
+
+
+@pytest.mark.cuda
+def test_resume_on_a_gpu_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, ws = make_workspace(tmp_path / "whole"), make_workspace(tmp_path / "ws")
+    stage.train(whole, QUIET, gpus=1)
+    interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        stage.train(ws, QUIET, gpus=1)
+    stage.train(ws, QUIET, gpus=1)
+    assert losses(ws) == losses(whole)
+    assert all(torch.equal(x, weights(ws)[name]) for name, x in weights(whole).items())

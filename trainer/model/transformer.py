@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Layout, attend, attend_last
+from .bins import Bins, Positions, Rows, bin_attention
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,23 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class PackedText:
-    """Token states of B captions end to end: states (N, W); caption i is rows offsets[i]:offsets[i+1], int64."""
+    """Token states of B captions end to end: states (N, W); caption i is rows offsets[i]:offsets[i+1], int64.
+
+    bins: where everything lies on a GPU, known to the host that read the batch; without, the network lays out itself.
+    """
 
     states: Tensor
     offsets: Tensor
+    bins: Bins | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedText:
         return PackedText(
-            self.states.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
+            self.states.to(device, non_blocking=non_blocking),
+            self.offsets.to(device, non_blocking=non_blocking),
+            None if self.bins is None else self.bins.to(device, non_blocking=non_blocking),
         )
 
     def take(self, start: int, stop: int) -> PackedText:
@@ -69,6 +76,12 @@ class Attention(nn.Module):
     def last(self, x: Tensor, layout: Layout) -> Tensor:
         """The output at each sequence's last token alone: (T, width) → (B, width)."""
         return self.to_out[0](attend_last(self.to_q(x[layout.last]), self.to_k(x), self.to_v(x), layout, self.heads))
+
+    def binned(self, x: Tensor, bins: Bins) -> Tensor:
+        """Attention before the output layer: (T, width) in bins → (T, width). q, k and v come of one product."""
+        layers = cast(list[nn.Linear], [self.to_q, self.to_k, self.to_v])
+        weight, bias = torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers])
+        return bin_attention(F.linear(x, weight, bias), bins.caption, self.heads)
 
 
 class Projection(nn.Module):
@@ -112,6 +125,17 @@ class Block(nn.Module):
         y = x[layout.last] + self.attn1.last(self.norm1(x), layout)
         return y + self.ff(self.norm3(y))
 
+    def binned(self, x: Tensor, bins: Bins, *, last: bool) -> Tensor:
+        """The block on bins (T, width); last: what follows attention at each caption's last token alone (B, width).
+
+        Attention itself is a small part, and cheaper at every token than what it takes to single out some.
+        """
+        attended = self.attn1.binned(self.norm1(x), bins)
+        if last:
+            x, attended = (Rows.apply(y, bins.last, bins.ends) for y in (x, attended))
+        x = x + self.attn1.to_out[0](attended)
+        return x + self.ff(self.norm3(x))
+
 
 class PriorTransformer(nn.Module):
     """What both priors share: embedded tokens, packed causal blocks, the last token's output.
@@ -139,6 +163,8 @@ class PriorTransformer(nn.Module):
 
     def run(self, specials: Sequence[Tensor], text: PackedText) -> Tensor:
         """specials: the embedded special tokens in their order, (B, width) each → (B, D)."""
+        if text.bins is not None:
+            return self._run_binned(specials, text.states, text.bins)
         count = len(text)
         layout = Layout.of(
             text.offsets,
@@ -155,6 +181,17 @@ class PriorTransformer(nn.Module):
         x = cast(Block, self.transformer_blocks[-1]).last(x, layout)
         x = self.proj_to_clip_embeddings(self.norm_out(x))
         return F.embedding(layout.order.argsort(), x) if count > 1 else x
+
+    def _run_binned(self, specials: Sequence[Tensor], states: Tensor, bins: Bins) -> Tensor:
+        """The same on bins: shapes depend on the batch's size alone, nothing waits for the device."""
+        tokens = self.encoder_hidden_states_proj(like(states, self.prd_embedding))
+        tokens = torch.cat([tokens, torch.stack(tuple(specials), dim=1).flatten(0, 1)])
+        x = Rows.apply(tokens, bins.source, bins.place)
+        x = x + Positions.apply(self.positional_embedding[0], bins.positions)
+        *blocks, last = cast(list[Block], list(self.transformer_blocks))
+        for block in blocks:
+            x = block.binned(x, bins, last=False)
+        return self.proj_to_clip_embeddings(self.norm_out(last.binned(x, bins, last=True)))
 
 
 def like(x: Tensor, parameter: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Captions in rows of exactly 128 tokens: the layout of a batch on a GPU, and attention inside each caption there.
+
+Used by transformer.py where a batch comes with Bins (the feed makes them for CUDA; a CPU has its dense blocks of equal
+lengths, attention.py). Shapes are the same for every batch of one size, so a step can be compiled and captured once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BIN = 128  # tokens: a published prior's longest caption has 80 or 81, and tiles of tensor cores are 64 or 128 wide
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Where everything lies in B captions with S special tokens after each, first-fit in T = 128·R places.
+
+    source (T,) int64: the row of [N text tokens, then each caption's S special tokens] in each place; 0 where none is.
+    place (N + S·B,) int64: its inverse. positions (T,) int64: the row of the positional embedding. caption (T,) int32:
+    which caption a place belongs to, -1 for none. last (B,) int64: the place of each caption's last token.
+    ends (T,) int64: the inverse of last, B where a place is not a caption's last.
+    """
+
+    source: Tensor
+    place: Tensor
+    positions: Tensor
+    caption: Tensor
+    last: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(
+        cls, lengths: np.ndarray, *, specials: int, text_positions: int, n_text: int | None = None, rows: int = 0
+    ) -> Bins:
+        """lengths (B,): text tokens of each caption. n_text: rows of the text buffer, at least lengths.sum(); what is
+        beyond belongs to no caption. rows: at least so many bins. On the CPU.
+        """
+        count, n_text = len(lengths), int(lengths.sum()) if n_text is None else n_text
+        totals = lengths + specials
+        begin, needed = first_fit(totals)
+        places = BIN * max(rows, needed)
+        source, positions = np.zeros(places, np.int64), np.zeros(places, np.int64)
+        caption, ends = np.full(places, -1, np.int32), np.full(places, count, np.int64)
+        owner = np.repeat(np.arange(count), totals)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(totals) - totals, totals)
+        beyond = within - lengths[owner]
+        at = begin[owner] + within
+        first_text = np.cumsum(lengths) - lengths
+        row = np.where(beyond < 0, first_text[owner] + within, n_text + specials * owner + beyond)
+        source[at], caption[at] = row, owner
+        positions[at] = np.where(beyond < 0, within, text_positions + beyond)
+        # Text rows that no caption owns are never read: any place serves, its gradient is masked by `owned`.
+        place = np.full(n_text + specials * count, places, np.int64)
+        place[row] = at
+        last = begin + totals - 1
+        ends[last] = np.arange(count)
+        return cls(*(torch.from_numpy(x) for x in (source, place, positions, caption, last, ends)))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Bins:
+        return Bins(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+def first_fit(totals: np.ndarray) -> tuple[np.ndarray, int]:
+    """First-fit-decreasing of sequences of totals (B,) tokens into bins of BIN: their first places (B,), bins used.
+
+    All sequences of one length are placed at once, so the cost is one pass over the bins for each length that occurs.
+    """
+    if totals.max(initial=0) > BIN:
+        raise ValueError(f"a sequence of {totals.max()} tokens does not fit into {BIN}")
+    begin = np.empty(len(totals), np.int64)
+    room = np.full(len(totals), BIN, np.int64)  # as many bins as sequences are always enough
+    order = np.argsort(-totals, kind="stable")
+    sizes, counts = np.unique(totals, return_counts=True)
+    used = done = 0
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        fits = room[: used + -(-count // (BIN // size))] // size
+        taken = np.minimum(fits, np.maximum(0, count - (np.cumsum(fits) - fits)))
+        bins = np.repeat(np.arange(len(taken)), taken)
+        nth = np.arange(count) - np.repeat(np.cumsum(taken) - taken, taken)
+        begin[order[done : done + count]] = bins * BIN + (BIN - room[bins]) + nth * size
+        room[: len(taken)] -= taken * size
+        used, done = max(used, int(bins[-1]) + 1), done + count
+    return begin, used
+
+
+class Rows(torch.autograd.Function):
+    """x[index], where no row is taken twice and counts: its gradient is a gather too, not a sum at random places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        """inverse: for each row of x where it went, len(index) if nowhere."""
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        padded = torch.cat([gradient, gradient.new_zeros(1, gradient.shape[1])])
+        return padded.index_select(0, inverse), None, None
+
+
+class Positions(torch.autograd.Function):
+    """table[positions] for a small table: its gradient is one product with the positions as one-hot rows."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.rows = len(table)
+        return table.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (positions,) = ctx.saved_tensors
+        one_hot = positions[None] == torch.arange(ctx.rows, device=positions.device)[:, None]
+        return one_hot.to(gradient.dtype) @ gradient, None
+
+
+@torch.library.custom_op("eclipse::bin_attention", mutates_args=())
+def bin_attention(qkv: Tensor, caption: Tensor, heads: int) -> Tensor:
+    """Causal attention of every token within its caption, inside bins of BIN.
+
+    qkv (T, 3·width): queries, keys and values side by side; caption (T,) int32 → (T, width).
+    """
+    if _by_kernel(qkv, heads):
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        _kernels().forward[(len(qkv) // BIN, heads)](qkv, caption, out, **_sizes(qkv, heads), num_warps=4)
+        return out
+    q, k, v, allowed = _dense(qkv, caption, heads)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return out.transpose(1, 2).reshape(len(qkv), -1)
+
+
+@bin_attention.register_fake
+def _(qkv: Tensor, caption: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+
+
+@torch.library.custom_op("eclipse::bin_attention_backward", mutates_args=())
+def bin_attention_backward(gradient: Tensor, qkv: Tensor, caption: Tensor, heads: int) -> Tensor:
+    """The gradient of qkv (T, 3·width), from that of the output (T, width)."""
+    gradient = gradient.contiguous()
+    if _by_kernel(qkv, heads):
+        out = torch.empty_like(qkv)
+        _kernels().backward[(len(qkv) // BIN, heads)](gradient, qkv, caption, out, **_sizes(qkv, heads), num_warps=8)
+        return out
+    q, k, v, allowed = _dense(qkv, caption, heads)
+    g = gradient.view(-1, BIN, heads, q.shape[-1]).transpose(1, 2)
+    scale = 1 / math.sqrt(q.shape[-1])
+    weight = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf).float().softmax(-1).to(q.dtype)
+    of_weight = g @ v.mT
+    of_score = weight * (of_weight - (weight * of_weight).sum(-1, keepdim=True)) * scale
+    parts = torch.stack([of_score @ k, of_score.mT @ q, weight.mT @ g])  # (3, bins, heads, BIN, d)
+    return parts.permute(1, 3, 0, 2, 4).reshape(qkv.shape)
+
+
+@bin_attention_backward.register_fake
+def _(gradient: Tensor, qkv: Tensor, caption: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.heads = inputs[2]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return bin_attention_backward(gradient, *ctx.saved_tensors, ctx.heads), None, None
+
+
+bin_attention.register_autograd(_backward, setup_context=_save)
+
+
+def allowed_in_bins(caption: Tensor) -> Tensor:
+    """(R, 1, BIN, BIN) bool: which key each query may see."""
+    owner = caption.view(-1, 1, BIN)
+    causal = torch.ones(BIN, BIN, dtype=torch.bool, device=caption.device).tril()
+    return (owner[..., :, None] == owner[..., None, :]) & causal
+
+
+def _dense(qkv: Tensor, caption: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = qkv.view(-1, BIN, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return q, k, v, allowed_in_bins(caption)
+
+
+def _by_kernel(qkv: Tensor, heads: int) -> bool:
+    head_dim = qkv.shape[1] // (3 * heads)
+    return qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and head_dim in (16, 32, 64)
+
+
+def _sizes(qkv: Tensor, heads: int) -> dict[str, Any]:
+    head_dim = qkv.shape[1] // (3 * heads)
+    return {"scale": 1 / math.sqrt(head_dim), "heads": heads, "size": head_dim, "bin_size": BIN}
+
+
+@cache
+def _kernels() -> Any:
+    from . import bin_kernels
+
+    return bin_kernels
