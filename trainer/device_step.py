@@ -122,6 +122,8 @@ class DeviceStep:
             group["lr"] = self.rate
             group["capturable"] = device.type == "cuda"
         self._graph = None
+        # Of its own: what autograd did on the default stream would bind the capture to it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._captured = captured and device.type == "cuda"
         self._steps = 0
 
@@ -134,6 +136,11 @@ class DeviceStep:
             self._capture()
             assert self._graph is not None
             self._graph.replay()
+        elif self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._run()
+            torch.cuda.current_stream().wait_stream(self._stream)
         else:
             self._run()
         self._steps += 1
@@ -142,7 +149,7 @@ class DeviceStep:
         for parameter in self._weights:
             parameter.grad = None
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=self._stream):
             self._run()
 
     def _run(self) -> None:
