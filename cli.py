@@ -372,10 +372,13 @@ def export(
     Examples:
       eclipse export my-prior
     """
-    from .pipeline.core.stages import export_prior, locate
+    from .decode.export import export_prior
+    from .pipeline.core.stages import check_prior, locate
 
     def work(progress: Progress) -> dict[str, Any]:
-        return export_prior(locate(None, workspace), directory, progress, overwrite=overwrite)
+        ws = locate(None, workspace)
+        check_prior(ws, progress)
+        return export_prior(ws, directory, progress, overwrite=overwrite)
 
     present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..pipeline.core.progress import Progress
     from ..pipeline.core.workspace import Workspace
     from ..pipeline.embed.clip import Encoder, TextFeatures
-    from ..trainer.model.prior import PackedText
+    from ..trainer.model.diffusion import DiffusionPrior
+    from ..trainer.model.prior import PackedText, Prior
 
 CHUNK = 256
 
@@ -79,10 +80,12 @@ def encode_texts(encoder: Encoder, texts: Sequence[str], progress: Progress) -> 
     )
 
 
-def predict(prior: str, texts: Texts, rows: Sequence[int], seeds: Sequence[int], device: str) -> torch.Tensor:
+def predict(
+    prior: str | Prior | DiffusionPrior, texts: Texts, rows: Sequence[int], seeds: Sequence[int], device: str
+) -> torch.Tensor:
     """Image embeddings (len(rows), D) float32 on the CPU for the captions in `rows`, one seed each.
 
-    prior: a directory or hub id in the published format, or "text".
+    prior: a directory or hub id in the published format, a loaded one, or "text".
 
     Raises:
         EclipseError: the prior cannot be read, or was made for another encoder.
@@ -92,12 +95,12 @@ def predict(prior: str, texts: Texts, rows: Sequence[int], seeds: Sequence[int],
         return texts.embedding.cpu()[index]
     from ..trainer.model.prior import load_prior, sample
 
-    model = load_prior(prior, device=device)
+    model = load_prior(prior, device=device) if isinstance(prior, str) else prior
     dim = texts.embedding.shape[1]
     if model.config.embedding_dim != dim:
         raise EclipseError(
             f"the prior has embedding dim {model.config.embedding_dim}, the card's encoder {dim}",
-            where=prior,
+            where=prior if isinstance(prior, str) else None,
             hint="name a prior trained on this encoder's features",
         )
     predicted = []

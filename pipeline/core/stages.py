@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import EclipseError, UsageError
 from .progress import Progress
-from .workspace import CARD_NAME, STAGES, Workspace, atomic_path, write_json
+from .workspace import CARD_NAME, STAGES, Workspace, write_json
 
 ENTRIES = {
     "download": ("pipeline.download.stage", "download"),
@@ -135,26 +135,6 @@ def check_prior(ws: Workspace, progress: Progress) -> None:
     ws.require_intact("train")
     if ws.state("train") is None and (ws.prior / "final").is_dir():
         progress.say("the prior was trained before its data changed; `eclipse train --overwrite` makes a new one")
-
-
-def export_prior(ws: Workspace, directory: Path, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
-    """Copy the trained prior to `directory`, in the published format."""
-    check_prior(ws, progress)
-    final = ws.prior / "final"
-    if not (final / "config.json").is_file():
-        raise EclipseError("no trained prior", where=str(final), hint="run `eclipse train` first")
-    from ...trainer.model.prior import CONFIG, WEIGHTS, load_prior, save_prior
-
-    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if (directory.exists() and not directory.is_dir()) or found - {CONFIG, WEIGHTS}:
-        hint = "name another directory; --overwrite replaces nothing but an earlier export"
-        raise UsageError("there is something already that is no export", where=str(directory), hint=hint)
-    if found and not overwrite:
-        raise UsageError("there is an export already", where=str(directory), hint="name another, or add --overwrite")
-    prior = load_prior(final)
-    with atomic_path(directory.absolute()) as temporary:
-        save_prior(prior, temporary)
-    return {"prior": str(directory.absolute()), "parameters": sum(p.numel() for p in prior.parameters())}
 
 
 def run_experiment(

@@ -6,7 +6,6 @@ Called by train.py, evaluate.py, decode/render.py and the lab.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...pipeline.core import hub
 from ...pipeline.core.errors import EclipseError
 from ...pipeline.core.workspace import atomic_path, write_json
 from .transformer import PackedText, PriorConfig, PriorTransformer, like
@@ -133,20 +133,9 @@ def _find(dir_or_hub_id: Path | str) -> Path:
     directory, name = Path(dir_or_hub_id), str(dir_or_hub_id)
     if directory.is_dir():
         return directory
-    if isinstance(dir_or_hub_id, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if isinstance(dir_or_hub_id, Path) or not hub.is_hub_id(name):
         raise EclipseError("no such prior", where=name, hint="name a directory, or a hub id such as owner/name")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        config, _ = (hf_hub_download(name, file) for file in (CONFIG, WEIGHTS))
-        return Path(config).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise EclipseError(
-            f"neither a directory here nor a prior on the hub: {str(error).splitlines()[0]}",
-            where=name,
-            hint="check the id and the connection, or download the two files elsewhere and name their directory",
-        ) from error
+    return hub.fetch(name, (CONFIG, WEIGHTS), what="prior", name_it="in place of the id")
 
 
 def _read_config(path: Path) -> PriorConfig:
