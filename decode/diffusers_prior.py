@@ -4,7 +4,8 @@ That pipeline samples its prior: it calls it once a timestep with the sample so 
 and lets a scheduler mix it with noise. A one-pass prior says all it has to say at the first of these calls, where the
 sample is the pure noise that it takes. So it is run there once and gives the same answer until the last timestep, at
 which the scheduler returns the prediction alone: whatever number of steps (two are the fewest it takes) and whatever
-guidance scale are asked for, the pipeline ends in the one pass's prediction.
+guidance scale are asked for, the pipeline ends in the one pass's prediction, to the 5e-4 that the scheduler's own last
+coefficient is off in float32.
 """
 
 from __future__ import annotations

@@ -57,14 +57,18 @@ def only_local(repo: str, *, what: str, name_it: str) -> bool:
     )
 
 
-@functools.cache
 def unreachable() -> str | None:
     """Why the hub cannot be asked, or None if it answers. Found out once a process, in at most five seconds."""
     from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _no_answer()
+
+
+@functools.cache
+def _no_answer() -> str | None:
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
     answer: list[str | None] = [f"{constants.ENDPOINT} did not answer within {ANSWER_SECONDS:.0f} seconds"]
 
     def ask() -> None:
@@ -130,7 +134,7 @@ def explain(error: Exception, repo: str, *, what: str, name_it: str = "") -> Ecl
         return UsageError(
             f"the hub has no such {what}, or it is private",
             where=repo,
-            hint=f"check the id (log in: hf auth login); {other}",
+            hint=f"check the id, log in with `hf auth login`, or {other}",
         )
     if isinstance(error, errors.EntryNotFoundError):
         missing = re.search(r"/resolve/[^/]+/(\S+?)[.'\"]*(\s|$)", str(error))
