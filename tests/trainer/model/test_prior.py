@@ -137,7 +137,7 @@ def test_hub_id_offline_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        EclipseError, match=f"the hub cannot be reached: HF_HUB_OFFLINE is set(.|\n)*133 MB, into {tmp_path}"
+        EclipseError, match=f"HF_HUB_OFFLINE is set(.|\n)*133 MB, into {tmp_path}"
     ):
         load_prior("ECLIPSE-Community/ECLIPSE_Karlo_Prior")
 
