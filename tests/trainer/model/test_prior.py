@@ -136,9 +136,7 @@ def test_hub_id_offline_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        EclipseError, match=f"HF_HUB_OFFLINE is set(.|\n)*133 MB, into {tmp_path}"
-    ):
+    with pytest.raises(EclipseError, match=f"HF_HUB_OFFLINE is set(.|\n)*133 MB, into {tmp_path}"):
         load_prior("ECLIPSE-Community/ECLIPSE_Karlo_Prior")
 
 
