@@ -107,20 +107,24 @@ def save_prior(prior: Prior | DiffusionPrior, directory: Path | str) -> None:
 def load_prior(dir_or_hub_id: Path | str, device: torch.device | str = "cpu") -> Prior | DiffusionPrior:
     """Read a prior in the published format from a directory, or from the hub by its id (`owner/name`).
 
-    A file with a time embedding is the diffusion baseline. Raises EclipseError naming the file and what is wrong.
+    A file with a time embedding is the diffusion baseline, one with `embedding_control` λ-ECLIPSE's prior. Raises
+    EclipseError naming the file and what is wrong.
     """
     directory = _find(dir_or_hub_id)
     config = _read_config(directory / CONFIG)
     tensors = _read_tensors(directory / WEIGHTS)
     if any(name.startswith("time_embedding.") for name in tensors):
         from .diffusion import DiffusionPrior as Kind
+    elif any(name.startswith("embedding_control.") for name in tensors):
+        from .control import ControlPrior as Kind
     else:
         Kind = Prior  # noqa: N806
     if config.additional_embeddings != Kind.specials:
         raise EclipseError(
-            f"additional_embeddings is {config.additional_embeddings}, not {Kind.specials}",
+            f"additional_embeddings is {config.additional_embeddings}, but its tensors are those of a prior"
+            f" with {Kind.specials}",
             where=str(directory / CONFIG),
-            hint="priors with a control token are another network, which is not supported",
+            hint="config and weights are of two different priors: copy or download both again",
         )
     with torch.device("meta"):
         prior = Kind(config)

@@ -114,7 +114,7 @@ def test_load_names_what_is_wrong(tmp_path: Path) -> None:
     assert "UNet2DModel" in message(_class_name="UNet2DModel")
     assert "num_layers" in message(num_layers="ten")
     assert "embedding_proj_norm_type" in message(embedding_proj_norm_type="layer")
-    assert "control token" in message(additional_embeddings=4)
+    assert "a prior with 3" in message(additional_embeddings=4)
     assert "shape of" in message(num_attention_heads=4)
     assert "transformer_blocks.2" in message(num_layers=3)
     weights.write_bytes(good_weights[:-100])
