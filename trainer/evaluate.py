@@ -17,6 +17,7 @@ from .data.batches import read_batch
 from .data.feeds import StatesFrom
 from .data.live_text import live_text
 from .data.split import split
+from .data.verify import READ
 from .model.prior import Prior, load_prior, sample
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .model.diffusion import DiffusionPrior
 
 CHUNK = 256
+VERIFIED_BYTES = 16 << 30  # some seconds; what a larger cache holds was verified by `train`, and its sizes still are
 FEWEST_ROWS = 20  # below, whether the true image is found says little about chance
 
 
@@ -118,6 +120,8 @@ def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
     if not final.is_dir():
         raise EclipseError("there is no trained prior", where=str(final), hint="run `eclipse train` first")
     card, store = ws.card, Store.open(ws.embeddings)
+    if store.page_bytes(READ) <= VERIFIED_BYTES:
+        store.verify(progress, columns=READ)
     _, held_back = split(store, ws.selection, card.train.validation)
     chosen = np.sort(np.random.default_rng(card.evaluate.seed).permutation(held_back)[: card.evaluate.rows])
     progress.say(f"measuring on {len(chosen):,} rows that were not trained on")

@@ -17,6 +17,7 @@ from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.progress import Progress
 from ..pipeline.core.seeds import stream_seed
 from .data.batches import Batch, Batches
+from .data.verify import PageCheck
 from .distributed import World, count_gpus, join, under_launcher
 from .evaluate import beside_baselines, embedding_metrics
 from .log import MetricsLog, draw_curves, read_metrics
@@ -35,32 +36,52 @@ if TYPE_CHECKING:
 def fit(job: Job, world: World, progress: Progress) -> dict[str, Any]:
     """Train to the job's last step, from where a former run stopped, and write final/. The summary, JSON-ready.
 
-    On SIGTERM and Ctrl-C: saves, then raises Terminated or KeyboardInterrupt. EclipseError if the loss diverges.
+    On SIGTERM and Ctrl-C: saves, then raises Terminated or KeyboardInterrupt. EclipseError if the loss diverges, or if
+    a page of the cache is damaged; then nothing is kept of what was learnt since the start.
     """
     run = prepare(job, world, progress.say)
     options, began, resumed_at = job.options, time.monotonic(), run.step
     with (
         StopSignals() as stop,
         open_log(run) as log,
+        PageCheck(run.store, rank=world.rank, world_size=world.size) as check,
         open_batches(run) as batches,
         progress.task("train", options.steps, "steps") as task,
     ):
         task.advance(run.step)
+        sound = False
         while run.step < options.steps:
             figures, stopped = training_step(run, next(batches), stop)
             log.add("train", run.step, figures)
             task.advance(failures=int(figures["skipped"]))
             last = run.step == options.steps
-            if last or run.step % options.validate_every == 0:
+            measures = last or run.step % options.validate_every == 0
+            keeps = last or stopped or run.step % options.checkpoint_every == 0
+            if (measures or keeps) and not sound:
+                sound = pages_are_sound(run, check, stop)
+            if measures and sound:
                 validate(run, log)
                 task.describe(log.summary())
-            if last or stopped or run.step % options.checkpoint_every == 0:
+            if keeps:
                 log.flush()
-                if world.leads:
+                if world.leads and sound:
                     run.save()
             if stopped:
-                raise_stopped(stopped, run.step)
+                raise_stopped(stopped, run.step, saved=sound)
     return finish(run, log, seconds=time.monotonic() - began, steps=run.step - resumed_at, waited=batches.wait_seconds)
+
+
+def pages_are_sound(run: Run, check: PageCheck, stop: StopSignals) -> bool:
+    """Wait until every page of the cache is checked, by whichever process; False if a signal came before.
+
+    Raises EclipseError that names the damaged file, column and rows.
+    """
+    check.wait(lambda: bool(stop.received))
+    flags = torch.tensor([float(check.running), float(check.failure is not None)], device=run.world.device)
+    running, failed = run.world.mean(flags).tolist()  # one answer for all processes
+    if failed:
+        raise check.failure or RuntimeError("another process found a damaged page")
+    return not running
 
 
 def training_step(run: Run, batch: Batch, stop: StopSignals) -> tuple[dict[str, float], int]:

@@ -15,7 +15,7 @@ class StopSignals:
     """Collects the first of SIGTERM and SIGINT for as long as the block runs; handlers are put back after it."""
 
     def __init__(self) -> None:
-        self.received: int = 0
+        self.received: int = 0  # the signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -47,8 +47,11 @@ class StopSignals:
         return signal.SIGTERM if terminate > 0 else signal.SIGINT if interrupt > 0 else 0
 
 
-def raise_stopped(number: int, step: int) -> None:
-    """Terminated for SIGTERM, KeyboardInterrupt for SIGINT."""
+def raise_stopped(number: int, step: int, *, saved: bool = True) -> None:
+    """Terminated for SIGTERM, KeyboardInterrupt for SIGINT. saved: whether a checkpoint of this step was written."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    if not saved:
+        what = f"training was stopped after step {step}, before every embedding was verified: these steps are not kept"
+        raise Terminated(what, hint="`eclipse train` continues from the checkpoint before them")
     raise Terminated(f"training was stopped after step {step} and saved", hint="`eclipse train` continues from there")

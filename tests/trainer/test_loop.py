@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from eclipse.pipeline.core.errors import EclipseError, Terminated, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.trainer import loop as stage
+from eclipse.trainer.data import verify
 from eclipse.trainer.data.split import split
 from eclipse.trainer.guard import Guard
 from eclipse.trainer.log import read_metrics
@@ -309,3 +311,38 @@ def test_resume_on_a_gpu_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest.Mo
     stage.train(ws, QUIET, gpus=1)
     assert losses(ws) == losses(whole)
     assert all(torch.equal(x, weights(ws)[name]) for name, x in weights(whole).items())
+
+
+def flip_page(ws: Workspace, column: str) -> Path:
+    """One bit of a page of the second part, within what no footer and no size tells."""
+    part = Store.open(ws.embeddings).parts[1]
+    chunk = part.groups[0].chunks[column]
+    with part.path.open("r+b") as file:
+        file.seek(chunk.offset + chunk.size - 5)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+    return part.path
+
+
+@pytest.mark.parametrize("column", ["image_embedding", "text_embedding", "text_states"])
+def test_a_damaged_page_is_named_and_nothing_learnt_from_it_is_kept(tmp_path: Path, column: str) -> None:
+    ws = make_workspace(tmp_path / "ws")
+    path = flip_page(ws, column)
+    with pytest.raises(EclipseError, match="checksums do not match") as error:
+        stage.train(ws, QUIET)
+    assert f"{path} ({column}, rows 0 to 119)" in str(error.value.where)
+    assert not list(ws.prior.glob("checkpoints/*")) and not (ws.prior / "final").exists()
+    assert not (ws.prior / "best").exists()
+
+
+def test_a_stop_before_the_pages_are_checked_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = make_workspace(tmp_path / "ws")
+    done = threading.Event()
+    monkeypatch.setattr(Store, "verify", lambda *_, **__: done.wait(30))
+    monkeypatch.setattr(verify, "GRACE_S", 0.3)
+    interrupt_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(verify.PageCheck, "__exit__", lambda *_: done.set())
+    with pytest.raises(Terminated, match="before every embedding was verified"):
+        stage.train(ws, QUIET)
+    assert not list(ws.prior.glob("checkpoints/*"))

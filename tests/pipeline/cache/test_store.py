@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -350,8 +351,18 @@ def test_verify_names_every_damaged_file_and_column(copy: Path) -> None:
     with pytest.raises(EclipseError, match="checksums") as error:
         Store.open(copy).verify()
     message = str(error.value)
-    assert f"{part_name(0)} (image_embedding)" in message and f"{part_name(7)} (caption)" in message
-    assert part_name(3) not in message
+    last = next(part for part in store.parts if part.number == 7).groups[0].rows - 1
+    assert f"{part_name(0)} (image_embedding, rows 0 to " in message
+    assert f"{part_name(7)} (caption, rows 0 to {last})" in message and part_name(3) not in message
+    with pytest.raises(EclipseError) as error:
+        Store.open(copy).verify(columns=["caption"])
+    assert part_name(0) not in str(error.value)
+    Store.open(copy).verify(columns=["url"])
+    shares = [index % 2 for index, part in enumerate(store.parts) if part.number in (0, 7)]
+    for share in (0, 1):  # every part is in one share
+        with pytest.raises(EclipseError) if share in shares else contextlib.nullcontext():
+            Store.open(copy).verify(share=(share, 2))
+    Store.open(copy).verify(stopped=lambda: True)
 
 
 def test_a_damaged_page_header_is_refused_when_it_is_read(copy: Path) -> None:
