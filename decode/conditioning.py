@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError
 from ..pipeline.core.seeds import stream_seed
 from ..pipeline.core.workspace import atomic_path
-from .decoder import Captions, Unconditional
+from .decoder import Unconditional
 from .job import TEXT_PRIOR
 
 if TYPE_CHECKING:
     from ..pipeline.core.card import Card
     from ..pipeline.core.progress import Progress
     from ..pipeline.core.workspace import Workspace
-    from ..pipeline.embed.clip import Encoder, TextFeatures
+    from ..pipeline.embed.clip import Encoder
     from ..trainer.model.diffusion import DiffusionPrior
-    from ..trainer.model.prior import PackedText, Prior
+    from ..trainer.model.prior import Prior
 
 CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Features of B captions: embedding (B, D) float32; states (N, W), caption i in rows offsets[i]:offsets[i+1]."""
-
-    embedding: torch.Tensor
-    states: torch.Tensor
-    offsets: torch.Tensor
-    cut: tuple[int, ...]  # captions that fill the encoder's context and may have lost their end
-
-    def __len__(self) -> int:
-        return len(self.embedding)
-
-    def packed(self, rows: Sequence[int]) -> PackedText:
-        """The token states of some captions end to end, in the order of `rows`."""
-        from ..trainer.model.prior import PackedText
-
-        pieces = [self.states[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        lengths = torch.tensor([0, *(len(piece) for piece in pieces)], device=self.states.device)
-        return PackedText(torch.cat(pieces), lengths.cumsum(0))
-
-    def captions(self) -> Captions:
-        return Captions.from_packed(self.embedding, self.states, self.offsets)
 
 
 def pick_device() -> str:
@@ -62,26 +38,18 @@ def load_encoder(card: Card, device: str) -> Encoder:
     return Encoder.load(resolve(section.model), section.pretrained, precision=section.precision, device=device)
 
 
-def encode_texts(encoder: Encoder, texts: Sequence[str], progress: Progress) -> Texts:
-    """Text features of every text, in order."""
+def encode_texts(encoder: Encoder, texts: Sequence[str], progress: Progress) -> TextFeatures:
+    """Text features of every text, in order, on the encoder's device."""
     features: list[TextFeatures] = []
     with progress.task("encode", len(texts), "prompts") as task:
         for start in range(0, len(texts), CHUNK):
-            tokens, n_tokens = encoder.tokenize(texts[start : start + CHUNK])
-            features.append(encoder.encode_text(tokens, n_tokens))
-            task.advance(len(n_tokens))
-    lengths = torch.cat([f.n_tokens for f in features])
-    cut = (lengths >= encoder.context_length).nonzero().flatten().tolist()
-    return Texts(
-        torch.cat([f.embedding for f in features]),
-        torch.cat([f.states for f in features]),
-        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-        tuple(cut),
-    )
+            features.append(encoder.encode_text(*encoder.tokenize(texts[start : start + CHUNK])))
+            task.advance(len(features[-1]))
+    return TextFeatures.concatenated(features)
 
 
 def predict(
-    prior: str | Prior | DiffusionPrior, texts: Texts, rows: Sequence[int], seeds: Sequence[int], device: str
+    prior: str | Prior | DiffusionPrior, texts: TextFeatures, rows: Sequence[int], seeds: Sequence[int], device: str
 ) -> torch.Tensor:
     """Image embeddings (len(rows), D) float32 on the CPU for the captions in `rows`, one seed each.
 
@@ -105,11 +73,10 @@ def predict(
         )
     predicted = []
     for start in range(0, len(rows), CHUNK):
-        chunk = list(rows[start : start + CHUNK])
-        pooled = texts.embedding[index[start : start + CHUNK].to(texts.embedding.device)]
+        text = texts.select(index[start : start + CHUNK])
         # A decoder draws its latents from the bare seed, as stock diffusers does: the prior needs a stream of its own.
         noise_seeds = [stream_seed("prior noise", seed) for seed in seeds[start : start + CHUNK]]
-        embedding = sample(model, pooled, texts.packed(chunk), seed=noise_seeds)
+        embedding = sample(model, text.embedding, text, seed=noise_seeds)
         predicted.append(embedding.float().cpu())
     return torch.cat(predicted)
 
@@ -117,7 +84,7 @@ def predict(
 def unconditional(ws: Workspace, encoder: Encoder, decoder_kind: str, progress: Progress) -> Unconditional:
     """What guidance contrasts with, from the card's encoder; the image embedding is kept in the workspace."""
     if decoder_kind == "karlo":
-        return Unconditional(caption=encode_texts(encoder, [""], progress).captions())
+        return Unconditional(caption=encode_texts(encoder, [""], progress))
     from safetensors.torch import load_file, save_file
 
     file = ws.renders / f"negative-image-embedding-{encoder.fingerprint[:16]}.safetensors"

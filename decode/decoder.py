@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,35 +23,6 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Text features of B captions: pooled (B, D), states (B, L, W), mask (B, L) bool, true on real tokens."""
-
-    pooled: torch.Tensor
-    states: torch.Tensor
-    mask: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.pooled)
-
-    @classmethod
-    def from_packed(cls, pooled: torch.Tensor, states: torch.Tensor, offsets: torch.Tensor) -> Captions:
-        """Pad ragged states (N, W), caption i in rows offsets[i]:offsets[i+1], to the longest of the batch."""
-        lengths = offsets.diff()
-        position = torch.arange(int(lengths.max()), device=states.device)
-        mask = position[None, :] < lengths[:, None]
-        padded = states.new_zeros(len(pooled), len(position), states.shape[1])
-        padded[mask] = states
-        return cls(pooled, padded, mask)
-
-    def take(self, rows: Sequence[int]) -> Captions:
-        """Some captions, in the order of `rows`; columns that are padding in all of them are dropped."""
-        index = torch.as_tensor(rows, device=self.pooled.device)
-        mask = self.mask[index]
-        longest = int(mask.sum(1).max())
-        return Captions(self.pooled[index], self.states[index, :longest], mask[:, :longest])
-
-
-@dataclass(frozen=True)
 class Unconditional:
     """What the encoder makes of nothing, for guidance's other branch.
 
@@ -59,7 +31,7 @@ class Unconditional:
     """
 
     image_embedding: torch.Tensor | None = None
-    caption: Captions | None = None
+    caption: TextFeatures | None = None
 
 
 class Decoder(Protocol):
@@ -77,7 +49,7 @@ class Decoder(Protocol):
         seeds: Sequence[int],
         steps: int,
         guidance_scale: float,
-        captions: Captions | None = None,
+        captions: TextFeatures | None = None,
     ) -> list[Image.Image]:
         """image_embedding (B, D) raw CLIP, one seed a picture → B RGB pictures. `captions` None: without text."""
         ...

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError, UsageError
-from .decoder import Captions, Unconditional, generators_of, pictures_at_once
+from .decoder import Unconditional, generators_of, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class KandinskyDecoder:
         seeds: Sequence[int],
         steps: int,
         guidance_scale: float,
-        captions: Captions | None = None,
+        captions: TextFeatures | None = None,
     ) -> list[Image.Image]:
         """See `Decoder.decode`; this decoder never sees the text."""
         embedding = image_embedding.to(self.negative)

@@ -19,14 +19,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError, UsageError
-from .decoder import Captions, Unconditional, generators_of, picture_noise, pictures_at_once
+from .decoder import Unconditional, generators_of, picture_noise, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SUPER_RESOLUTION_STEPS = 7
+# Captions are padded to CLIP's context, as stock diffusers does, however short they are. Attention is over text and
+# picture together, and diffusers extends the text's mask by the picture's tokens unless the two have one length: with
+# 4 extra and 60 caption tokens the 64 of a map of 8×8 were met, and the mask stayed too short.
+CONTEXT = 77
 
 
 class UnCLIPTextProjModel(ModelMixin, ConfigMixin):
@@ -51,14 +56,15 @@ class UnCLIPTextProjModel(ModelMixin, ConfigMixin):
         self.encoder_hidden_states_proj = nn.Linear(dim, cross_attention_dim)
         self.text_encoder_hidden_states_norm = nn.LayerNorm(cross_attention_dim)
 
-    def forward(self, image_embedding: Tensor, captions: Captions) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image_embedding: Tensor, captions: TextFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """image_embedding (B, D) → context (B, extra + L, C), its mask (B, extra + L) bool, addition to time (B, T)."""
         time = self.clip_image_embeddings_project_to_time_embeddings(image_embedding)
-        time = time + self.embedding_proj(captions.pooled)
+        time = time + self.embedding_proj(captions.embedding)
         extra = self.clip_extra_context_tokens_proj(image_embedding)
         extra = extra.reshape(len(image_embedding), -1, self.extra_tokens).permute(0, 2, 1)
-        text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(captions.states))
-        mask = F.pad(captions.mask, (self.extra_tokens, 0), value=True)
+        states, mask = captions.padded(CONTEXT)
+        text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(states))
+        mask = F.pad(mask, (self.extra_tokens, 0), value=True)
         return torch.cat([extra, text], dim=1), mask, time
 
 
@@ -79,16 +85,16 @@ class KarloDecoder:
 
     name = "karlo"
 
-    def __init__(self, parts: Parts, empty: Captions, device: str) -> None:
+    def __init__(self, parts: Parts, empty: TextFeatures, device: str) -> None:
         self.parts = parts
         self.empty = empty
         self.device = device
         self.embedding_dim = int(parts.text_proj.config["clip_embeddings_dim"])
         self.image_size = int(parts.super_res_first.config.sample_size)
         self.batch_size = pictures_at_once(self.image_size, device)
-        if empty.pooled.shape[1] != self.embedding_dim:
+        if empty.embedding.shape[1] != self.embedding_dim:
             raise EclipseError(
-                f"the encoder's captions have {empty.pooled.shape[1]} dims, the decoder takes {self.embedding_dim}",
+                f"the encoder's captions have {empty.embedding.shape[1]} dims, the decoder takes {self.embedding_dim}",
                 hint="use a decoder made for the card's encoder",
             )
 
@@ -121,7 +127,7 @@ class KarloDecoder:
             name: from_pretrained(UnCLIPScheduler, path, subfolder=name)
             for name in ("decoder_scheduler", "super_res_scheduler")
         }
-        made = cls(Parts(**models, **schedulers), _to(unconditional.caption, device, dtype), device)
+        made = cls(Parts(**models, **schedulers), unconditional.caption.cast(device, dtype), device)
         if image_size not in (None, made.image_size):
             raise UsageError(
                 f"this decoder makes pictures of {made.image_size} px, not {image_size}",
@@ -138,27 +144,32 @@ class KarloDecoder:
         seeds: Sequence[int],
         steps: int,
         guidance_scale: float,
-        captions: Captions | None = None,
+        captions: TextFeatures | None = None,
     ) -> list[Image.Image]:
         """See `Decoder.decode`. Without captions it sees the empty one. steps: of the first stage, at least 2."""
         if steps < 2:
             raise UsageError(f"{steps} decoder steps", hint="Karlo's schedule needs at least 2")
         generators = generators_of(seeds)
-        embedding = image_embedding.to(self.empty.pooled)
-        text = self.empty.take([0] * len(embedding)) if captions is None else captions
-        text = _to(text, self.device, embedding.dtype)
+        embedding = image_embedding.to(self.empty.embedding)
+        text = self.empty.select([0] * len(embedding)) if captions is None else captions
+        text = text.cast(self.device, embedding.dtype)
         small = self._decode(embedding, text, steps, guidance_scale, generators)
         return _pictures(self._enlarge(small, generators))
 
     def _decode(
-        self, embedding: Tensor, text: Captions, steps: int, guidance_scale: float, generators: list[torch.Generator]
+        self,
+        embedding: Tensor,
+        text: TextFeatures,
+        steps: int,
+        guidance_scale: float,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """Small pictures (B, 3, h, w) in −1..1; guided where guidance_scale > 1."""
         parts, guided = self.parts, guidance_scale > 1
         if guided:
             nothing = parts.text_proj.learned_classifier_free_guidance_embeddings.expand_as(embedding)
             embedding = torch.cat([nothing, embedding])
-            text = _joined(self.empty.take([0] * len(nothing)), text)
+            text = TextFeatures.concatenated([self.empty.select([0] * len(nothing)), text])
         context, mask, time = parts.text_proj(embedding, text)
         size, channels = parts.decoder.config.sample_size, parts.decoder.config.in_channels
         x = picture_noise((channels, size, size), generators, like=embedding)
@@ -199,18 +210,6 @@ def _step(
     scheduler: Any, predicted: Tensor, t: Tensor, before: Tensor | None, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
     return scheduler.step(predicted, t, x, prev_timestep=before, generator=generators).prev_sample
-
-
-def _to(captions: Captions, device: str, dtype: torch.dtype) -> Captions:
-    return Captions(captions.pooled.to(device, dtype), captions.states.to(device, dtype), captions.mask.to(device))
-
-
-def _joined(first: Captions, second: Captions) -> Captions:
-    """One batch of both, padded to the longer."""
-    longest = max(first.mask.shape[1], second.mask.shape[1])
-    states = [F.pad(c.states, (0, 0, 0, longest - c.states.shape[1])) for c in (first, second)]
-    masks = [F.pad(c.mask, (0, longest - c.mask.shape[1]), value=False) for c in (first, second)]
-    return Captions(torch.cat([first.pooled, second.pooled]), torch.cat(states), torch.cat(masks))
 
 
 def _pictures(x: Tensor) -> list[Image.Image]:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..lab.shapes import Prompt as ShapesPrompt
+    from ..pipeline.cache.packed_text import TextFeatures
     from ..pipeline.core.progress import Progress
     from ..pipeline.core.workspace import Workspace
-    from .decoder import Captions, Decoder
+    from .decoder import Decoder
     from .gallery import Entry, Shot
     from .layouts import Picture
 
@@ -37,7 +38,7 @@ class _Models:
 
     embeddings: torch.Tensor
     decoder: Decoder
-    captions: Captions | None  # where the decoder reads them
+    captions: TextFeatures | None  # where the decoder reads them
     rows: list[int]
 
 
@@ -157,9 +158,9 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
     encoder = load_encoder(card, device)
     used = sorted({picture.prompt for picture in missing})
     texts = encode_texts(encoder, [job.prompts[i].text for i in used], progress)
-    if texts.cut:
-        first = job.prompts[used[texts.cut[0]]].text[:60]
-        limit = f"{len(texts.cut)} prompts fill the encoder's {encoder.context_length} tokens"
+    if cut := (texts.n_tokens >= encoder.context_length).nonzero().flatten().tolist():
+        first = job.prompts[used[cut[0]]].text[:60]
+        limit = f"{len(cut)} prompts fill the encoder's {encoder.context_length} tokens"
         progress.say(f"{limit}, the rest of them is not read; the first: {first}…")
     blank = unconditional(ws, encoder, card.decoder.kind, progress)
     del encoder
@@ -182,7 +183,7 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
             hint="name a decoder made for this encoder (decoder.path in the card)",
         )
     reads = card.decoder.kind == "karlo" and not job.blank_decoder_text
-    return _Models(embeddings, decoder, texts.captions() if reads else None, rows)
+    return _Models(embeddings, decoder, texts if reads else None, rows)
 
 
 def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Models) -> None:
@@ -199,7 +200,7 @@ def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Mod
                 seeds=seeds,
                 steps=job.steps,
                 guidance_scale=job.guidance_scale,
-                captions=None if models.captions is None else models.captions.take(models.rows[rows]),
+                captions=None if models.captions is None else models.captions.select(models.rows[rows]),
             )
             _write_batch(job, batch, images)
             done += len(seeds)

@@ -22,7 +22,7 @@ from .shapes import CATEGORIES, Prompt, World
 if TYPE_CHECKING:
     import torch
 
-    from ..decode.conditioning import Texts
+    from ..pipeline.cache.packed_text import TextFeatures
     from ..pipeline.core.card import Card
     from ..pipeline.core.progress import Progress
     from ..pipeline.core.workspace import Workspace
@@ -178,7 +178,7 @@ def _warnings(table: dict[str, dict[str, float]]) -> list[str]:
 def decode_pictures(
     card: Card,
     embeddings: dict[str, torch.Tensor],
-    texts: Texts,
+    texts: TextFeatures,
     seeds: Sequence[int],
     blank: Any,
     device: str,
@@ -197,7 +197,7 @@ def decode_pictures(
         scheduler=section.scheduler,
         device=device,
     )
-    captions = texts.captions() if section.kind == "karlo" else None
+    captions = texts if section.kind == "karlo" else None
     pictures: dict[str, np.ndarray] = {}
     with progress.task("evaluate", len(seeds) * len(embeddings), "pictures") as task:
         for arm, embedding in embeddings.items():
@@ -209,7 +209,7 @@ def decode_pictures(
                     seeds=seeds[rows.start : rows.stop],
                     steps=section.steps,
                     guidance_scale=section.guidance_scale,
-                    captions=None if captions is None else captions.take(rows),
+                    captions=None if captions is None else captions.select(rows),
                 )
                 task.advance(len(rows))
             pictures[arm] = np.stack([np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE))) for image in images])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
+from ..cache.packed_text import TextFeatures
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
 from ..images.tar import require_regular
@@ -38,19 +39,6 @@ REACHING_AT_ALL = ("trust_remote_code", "auto_map")
 REACHING = (*REACHING_AT_ALL, "tokenizer_kwargs", "tokenizer_mode", "hf_tokenizer_name", "hf_model_name",
             "timm_model_pretrained")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """What the text tower makes of B captions with N real tokens in all; float32, nothing normalised.
-
-    embedding: (B, D) pooled and projected; states: (N, W) last hidden states after the final layer norm and before
-    the projection, caption after caption, real tokens alone; n_tokens: (B,) int64 on the CPU.
-    """
-
-    embedding: Tensor
-    states: Tensor
-    n_tokens: Tensor
 
 
 class Encoder:
@@ -146,21 +134,28 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_text(self, tokens: Tensor, n_tokens: Tensor) -> TextFeatures:
-        """(B, L) int64 token ids with n_tokens (B,) real ones → features on the encoder's device.
+        """(B, L) int64 token ids with n_tokens (B,) real ones, both on the CPU → float32 features on the device.
 
-        Only the first max(n_tokens) positions are computed: attention is causal, so padding after the end token
-        changes nothing before it. Sort captions by length to gain from it.
+        States are the last hidden ones, after the final layer norm and before the projection. Only the first
+        max(n_tokens) positions are computed: attention is causal, so padding after the end token changes nothing
+        before it. Sort captions by length to gain from it.
         """
-        n_tokens = n_tokens.cpu()
         length = int(n_tokens.max()) if len(n_tokens) else 0
-        tower = self._text
-        ids = tokens[:, :length].to(self.device, non_blocking=True)
-        x = tower.token_embedding(ids) + tower.positional_embedding[:length]
-        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])).flatten(0, 1)
-        first = torch.arange(len(tokens)) * length
+        offsets = torch.cat([n_tokens.new_zeros(1), n_tokens.cumsum(0)])
         real = (torch.arange(length) < n_tokens[:, None]).flatten().nonzero().squeeze(1)
-        pooled = self._pool(x.index_select(0, (first + n_tokens - 1).to(self.device)))
-        return TextFeatures(pooled.float(), x.index_select(0, real.to(self.device)).float(), n_tokens)
+        last = torch.arange(len(tokens)) * length + n_tokens - 1
+        # What the host knows goes to the device in one piece, from pinned memory: a copy from other memory waits until
+        # everything queued before it is done, and the device then stands still between two batches.
+        parts = (tokens[:, :length].flatten(), real, last, offsets)
+        packed = torch.cat(parts)
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()
+        ids, real, last, offsets = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
+        tower = self._text
+        x = tower.token_embedding(ids.view(len(tokens), length)) + tower.positional_embedding[:length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])).flatten(0, 1)
+        pooled = self._pool(x.index_select(0, last)).float()
+        return TextFeatures(x.index_select(0, real).float(), offsets, embedding=pooled)
 
     def _pool(self, x: Tensor) -> Tensor:
         projection = self._text.text_projection

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from eclipse.decode.decoder import Captions, Unconditional, load_decoder
+from eclipse.decode.decoder import Unconditional, load_decoder
 from eclipse.decode.karlo import KarloDecoder, UnCLIPTextProjModel
+from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.errors import UsageError
 from tiny_decoders import save_tiny_karlo
 
@@ -17,12 +18,17 @@ DIM, LENGTH = 32, 9
 SEEDS = [11, 4]
 
 
-def captions(lengths: list[int], seed: int) -> Captions:
-    """Padded to LENGTH, with rubbish in the padding: it must not be looked at."""
+def captions(lengths: list[int], seed: int) -> TextFeatures:
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(LENGTH)[None, :] < torch.tensor(lengths)[:, None]
     pooled = torch.randn(len(lengths), DIM, generator=generator)
-    return Captions(pooled, torch.randn(len(lengths), LENGTH, DIM, generator=generator), mask)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return TextFeatures(torch.randn(sum(lengths), DIM, generator=generator), offsets, embedding=pooled)
+
+
+def padded(text: TextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the stock pipeline takes it: to LENGTH, with rubbish in the padding, which must not be looked at."""
+    states, mask = text.padded(LENGTH)
+    return torch.where(mask[..., None], states, torch.randn_like(states)), mask
 
 
 EMPTY = captions([2], seed=1)
@@ -58,8 +64,8 @@ def test_pictures_are_those_of_the_deprecated_pipeline(decoder: KarloDecoder, gu
         prior_num_inference_steps=1,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         prior_latents=EMBEDDING,
-        text_model_output=(TEXT.pooled, TEXT.states),
-        text_attention_mask=TEXT.mask,
+        text_model_output=(TEXT.embedding, padded(TEXT)[0]),
+        text_attention_mask=padded(TEXT)[1],
         prior_guidance_scale=1.0,
         decoder_guidance_scale=guidance_scale,
         output_type="np",
@@ -98,11 +104,13 @@ def _assemble(pipe: object, decoder: KarloDecoder) -> None:
 
         def __call__(self, texts: list[str], **_: object) -> SimpleNamespace:
             n = len(texts)
-            return SimpleNamespace(input_ids=torch.zeros(n, LENGTH), attention_mask=EMPTY.mask.expand(n, -1))
+            return SimpleNamespace(input_ids=torch.zeros(n, LENGTH), attention_mask=padded(EMPTY)[1].expand(n, -1))
 
     def text_encoder(ids: torch.Tensor) -> SimpleNamespace:
         n = len(ids)
-        return SimpleNamespace(text_embeds=EMPTY.pooled.expand(n, -1), last_hidden_state=EMPTY.states.expand(n, -1, -1))
+        return SimpleNamespace(
+            text_embeds=EMPTY.embedding.expand(n, -1), last_hidden_state=padded(EMPTY)[0].expand(n, -1, -1)
+        )
 
     parts = {
         "prior": Prior(),
@@ -131,13 +139,22 @@ def test_tensor_names_are_the_published_ones() -> None:
 
 def test_a_picture_does_not_depend_on_its_neighbours(decoder: KarloDecoder) -> None:
     together = decode(decoder, EMBEDDING, SEEDS, captions=TEXT)
-    alone = decode(decoder, EMBEDDING[:1], SEEDS[:1], captions=TEXT.take([0]))
+    alone = decode(decoder, EMBEDDING[:1], SEEDS[:1], captions=TEXT.select([0]))
     assert np.abs(together[0] - alone[0]).max() <= 1
+
+
+def test_a_caption_of_any_length_is_drawn_as_if_alone(decoder: KarloDecoder) -> None:
+    """60 tokens, too: with the 4 extra ones as many as an 8×8 map has places, where diffusers' mask stays short."""
+    for longest in (60, 77):
+        text = captions([5, longest], seed=4)
+        together = decode(decoder, EMBEDDING, SEEDS, captions=text)
+        alone = decode(decoder, EMBEDDING[:1], SEEDS[:1], captions=text.select([0]))
+        assert np.abs(together[0] - alone[0]).max() <= 1
 
 
 def test_without_captions_the_text_is_blank(decoder: KarloDecoder) -> None:
     blank = decode(decoder, EMBEDDING, SEEDS)
-    empty = decode(decoder, EMBEDDING, SEEDS, captions=EMPTY.take([0, 0]))
+    empty = decode(decoder, EMBEDDING, SEEDS, captions=EMPTY.select([0, 0]))
     assert np.abs(blank - empty).max() == 0
     assert np.abs(blank - decode(decoder, EMBEDDING, SEEDS, captions=TEXT)).max() > 2
 

@@ -54,7 +54,7 @@ class LiveText:
         begin[order] = n_tokens[order].cumsum(0) - n_tokens[order]
         source = torch.repeat_interleave(begin - offsets[:-1], n_tokens) + torch.arange(len(states))
         # Taking also makes an ordinary tensor of one from inference mode, which gradients could not pass by.
-        return PackedText(states.index_select(0, source.to(states.device)), offsets)
+        return PackedText(states.index_select(0, source.to(states.device)), offsets.to(states.device))
 
 
 def live_text(store: Store, section: EncoderSection, device: torch.device) -> StatesFrom | None:

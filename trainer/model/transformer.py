@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...pipeline.cache.packed_text import PackedText
 from .attention import Layout, attend, attend_last
 from .bins import Bins, Positions, Rows, bin_attention
+
+__all__ = ["PackedText", "PriorConfig", "PriorTransformer", "like"]
 
 
 @dataclass(frozen=True)
@@ -30,33 +33,6 @@ class PriorConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-
-@dataclass(frozen=True)
-class PackedText:
-    """Token states of B captions end to end: states (N, W); caption i is rows offsets[i]:offsets[i+1], int64.
-
-    bins: where everything lies on a GPU, known to the host that read the batch; without, the network lays out itself.
-    """
-
-    states: Tensor
-    offsets: Tensor
-    bins: Bins | None = None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedText:
-        return PackedText(
-            self.states.to(device, non_blocking=non_blocking),
-            self.offsets.to(device, non_blocking=non_blocking),
-            None if self.bins is None else self.bins.to(device, non_blocking=non_blocking),
-        )
-
-    def take(self, start: int, stop: int) -> PackedText:
-        """Captions start:stop, as views where possible."""
-        offsets = self.offsets[start : stop + 1]
-        return PackedText(self.states[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
 
 
 class Attention(nn.Module):

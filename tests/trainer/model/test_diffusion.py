@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.models.transformers.prior_transformer import PriorTransformer
 from eclipse.bench.padded import pad
+from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.progress import Progress
-from eclipse.pipeline.embed.clip import TextFeatures
 from eclipse.trainer.loop import train
 from eclipse.trainer.loss import Draw
 from eclipse.trainer.model.diffusion import DiffusionObjective, DiffusionPrior
@@ -76,7 +76,7 @@ def test_the_arm_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         def encode_text(self, texts: list[str], n_tokens: None) -> TextFeatures:
             assert texts == [""]
-            return TextFeatures(torch.zeros(1, DIM), torch.zeros(2, DIM), torch.tensor([2]))
+            return TextFeatures(torch.zeros(2, DIM), torch.tensor([0, 2]), embedding=torch.zeros(1, DIM))
 
     monkeypatch.setattr("eclipse.pipeline.embed.clip.Encoder.load", lambda *names: Encoder())
     ws = make_workspace(tmp_path / "ws", steps=30, validate_every=30)
