@@ -48,7 +48,7 @@ class OpenWorkspace:
         self.root = ws.root
 
     def __repr__(self) -> str:
-        done = [stage for stage in STAGES if self._ws.state(stage) is not None]
+        done = [stage for stage in STAGES if self._ws.stage(stage).finished is not None]
         return f"<workspace {self.root}: card {self.card.name}, done: {', '.join(done) or 'nothing yet'}>"
 
     @property
@@ -89,7 +89,7 @@ class OpenWorkspace:
     @cached_property
     def summaries(self) -> dict[str, dict[str, Any]]:
         """The summary of each stage that is done."""
-        states = {stage: self._ws.state(stage) for stage in STAGES}
+        states = {stage: self._ws.stage(stage).finished for stage in STAGES}
         return {stage: state.summary for stage, state in states.items() if state is not None}
 
     def prior(self, *, device: str | None = None) -> TextToImagePrior:
@@ -98,7 +98,7 @@ class OpenWorkspace:
         from .decode.pretrained import TextToImagePrior
         from .trainer.model.prior import load_prior
 
-        self._ws.require_intact("train")
+        self._ws.stage("train").require_intact()
         device = device or pick_device()
         final = self._ws.prior / "final"
         return TextToImagePrior(load_prior(final, device), load_encoder(self.card, device), str(final), None)

@@ -12,7 +12,7 @@ import numpy
 import pyarrow
 import torch
 
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 TITLE = (

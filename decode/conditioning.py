@@ -9,8 +9,8 @@ import torch
 
 from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError
+from ..pipeline.core.files import atomic_path
 from ..pipeline.core.seeds import stream_seed
-from ..pipeline.core.workspace import atomic_path
 from .decoder import Unconditional
 from .job import TEXT_PRIOR
 

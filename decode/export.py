@@ -148,7 +148,7 @@ def describe(ws: Workspace, embedding_dim: int, *, public: bool) -> dict[str, An
         card["encoder"]["model"] = _public(card["encoder"]["model"])
         card["decoder"]["path"] = _public(card["decoder"]["path"])
     encoder = card["encoder"]
-    states = {stage: ws.state(stage) for stage in STAGES}
+    states = {stage: ws.stage(stage).finished for stage in STAGES}
     return {
         "format": FORMAT,
         "made_by": f"eclipse {metadata.version('eclipse-prior')}",

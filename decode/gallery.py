@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from ..pipeline.report.page import PIXEL_ART, write_page
 
 MAX_SHEET_PROMPTS = 24

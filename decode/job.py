@@ -88,7 +88,7 @@ def plan_job(ws: Workspace, options: Options) -> Job:
         "seed": seed,
         "prompts": _digest([[prompt.name, prompt.text, prompt.metadata] for prompt in prompts]),
         "prior": prior_identity(prior),
-        "encoder": card.fingerprint("encoder")[:16],
+        "encoder": card.section_fingerprint("encoder")[:16],
         "decoder": card.decoder.path,
         "image_size": card.decoder.image_size,
         "steps": steps,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.core.errors import EclipseError, UsageError
-from ..pipeline.core.workspace import TEMPORARY_PREFIX, write_json
+from ..pipeline.core.files import TEMPORARY_PREFIX, write_json
 
 NAME = "manifest.json"
 PAGES = ("index.html", "contact_sheet.png")

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.core.card import STAGE_SECTIONS
 from ..pipeline.core.errors import EclipseError, UsageError
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from . import manifest
 from .job import Job, Options, plan_job
 
@@ -53,22 +52,16 @@ def render(ws: Workspace, progress: Progress, *, overwrite: bool = False, **opti
     """
     job = plan_job(ws, Options(**options))
     if not job.is_stage:
-        return _render(ws, progress, job, _found(ws, job, overwrite=overwrite), overwrite=overwrite)
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["render"])
-    if not overwrite and (summary := ws.completed("render", fingerprint)):
-        return summary
-
-    def begin() -> None:
-        if overwrite:
-            ws.reset("render")
-        ws.begin("render", fingerprint)
-
-    found = _found(ws, job, overwrite=overwrite)
-    # Whether the stage may run again was settled above: other pictures in its own folder are of an earlier prior.
-    stale = found is not None and found["settings"] != job.settings
-    summary = _render(ws, progress, job, found, overwrite=overwrite or stale, begin=begin)
-    ws.finish("render", fingerprint, summary)
-    return summary
+        with ws.lock("render"):
+            return _render(ws, progress, job, _found(ws, job, overwrite=overwrite), overwrite=overwrite)
+    with ws.stage("render", overwrite=overwrite) as run:
+        if run.complete:
+            return run.summary
+        found = _found(ws, job, overwrite=overwrite)
+        # Whether the stage may run again is settled: other pictures in its own folder are of an earlier prior.
+        stale = found is not None and found["settings"] != job.settings
+        run.finish(_render(ws, progress, job, found, overwrite=overwrite or stale, begin=run.begin))
+    return run.summary
 
 
 def _render(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from .drawing import draw
 from .shapes import IMAGE_SIZE, Scene, World
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
 from .build_movq import LATENT_CHANNELS, encode
 from .build_movq import load as load_movq

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..pipeline.core.card import Card, ShapesSource
 from ..pipeline.core.errors import UsageError
-from ..pipeline.core.workspace import Workspace, write_json
+from ..pipeline.core.files import write_json
+from ..pipeline.core.workspace import Workspace
 from .shapes import CATEGORIES, World
 
 if TYPE_CHECKING:

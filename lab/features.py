@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..pipeline.cache.part import PartMeta, PartWriter, part_name
+from ..pipeline.core.files import atomic_path
 from ..pipeline.core.progress import Progress
-from ..pipeline.core.workspace import atomic_path
 from ..pipeline.embed.clip import Encoder
 from ..pipeline.images.decode import thumbnail, uid_of
 from .drawing import draw

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ..decode.conditioning import encode_texts
 from ..decode.layouts import picture_seed
 from ..pipeline.core.card import Card
+from ..pipeline.core.files import atomic_path, write_json
 from ..pipeline.core.progress import Progress
-from ..pipeline.core.workspace import atomic_path, write_json
 from ..pipeline.embed.clip import Encoder
 from . import build_unet
 from .checker import judge, read_all

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..decode.job import TEXT_PRIOR, prior_identity
 from ..decode.layouts import picture_seed
-from ..pipeline.core.card import STAGE_SECTIONS, ShapesSource, resolve
+from ..pipeline.core.card import ShapesSource, resolve
 from ..pipeline.core.errors import EclipseError
-from ..pipeline.core.workspace import write_json
+from ..pipeline.core.files import write_json
 from .shapes import CATEGORIES, Prompt, World
 
 if TYPE_CHECKING:
@@ -49,18 +49,18 @@ def evaluate_shapes(ws: Workspace, progress: Progress, *, overwrite: bool = Fals
     Raises:
         EclipseError: no trained prior, weights that cannot be used, or changed settings without `overwrite`.
     """
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    return ws.once("evaluate", fingerprint, lambda: _evaluate(ws, progress), overwrite=overwrite)
+    with ws.stage("evaluate", overwrite=overwrite) as run:
+        if run.complete:
+            return run.summary
+        run.begin()
+        summary, prompts, shots = measure(ws, progress, str(ws.prior / "final"))
+        from .score_page import write_score_page
 
-
-def _evaluate(ws: Workspace, progress: Progress) -> dict[str, Any]:
-    summary, prompts, shots = measure(ws, progress, str(ws.prior / "final"))
-    from .score_page import write_score_page
-
-    page, figures = ws.reports / "evaluate.html", ws.reports / "evaluate.json"
-    write_json(figures, {**summary, "pictures": _records(prompts, shots)})
-    write_score_page(page, ws.card, summary, prompts, shots)
-    return {**summary, "report": str(page), "json": str(figures)}
+        page, figures = ws.reports / "evaluate.html", ws.reports / "evaluate.json"
+        write_json(figures, {**summary, "pictures": _records(prompts, shots)})
+        write_score_page(page, ws.card, summary, prompts, shots)
+        run.finish({**summary, "json": str(figures)}, report=page)
+    return run.summary
 
 
 def measure(

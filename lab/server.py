@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..pipeline.core.errors import EclipseError
-from ..pipeline.core.workspace import Workspace, atomic_path
+from ..pipeline.core.files import atomic_path
+from ..pipeline.core.workspace import Workspace
 from ..pipeline.download.url_list import UrlList
 from .drawing import draw
 from .shapes import World

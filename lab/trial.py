@@ -20,8 +20,9 @@ from ..decode.job import TEXT_PRIOR
 from ..decode.layouts import picture_seed
 from ..pipeline.cache.store import Store
 from ..pipeline.core.card import Card, resolve
+from ..pipeline.core.files import atomic_path, write_json
 from ..pipeline.core.progress import Progress
-from ..pipeline.core.workspace import Workspace, atomic_path, write_json
+from ..pipeline.core.workspace import Workspace
 from ..trainer.distributed import count_gpus
 from ..trainer.evaluate import embedding_metrics
 from ..trainer.loop import work

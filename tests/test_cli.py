@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from eclipse.cli import app
-from eclipse.pipeline.core.card import STAGE_SECTIONS, Card
+from eclipse.pipeline.core.card import STAGES, Card
 from eclipse.pipeline.core.console import plain
 from eclipse.pipeline.core.errors import EclipseError, Terminated
-from eclipse.pipeline.core.workspace import STAGES, Workspace
+from eclipse.pipeline.core.workspace import Workspace
+from records import finish
 from typer.testing import CliRunner
 
 COMMANDS = ["run", "init", "cards", "status", "doctor", *STAGES, "export", "lab"]
@@ -46,7 +47,7 @@ def complete(ws: Workspace, *stages: str) -> None:
     ws.selection.touch()
     for stage in stages:
         summary = {"rows": 3, "gallery": "renders/gallery.html"} if stage == "render" else {"rows": 3}
-        ws.finish(stage, ws.card.fingerprint(*STAGE_SECTIONS[stage]), summary)
+        finish(ws, stage, summary=summary)
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path):
@@ -137,7 +138,8 @@ def test_json_is_one_object_and_the_only_thing_on_stdout(ws: Workspace):
     complete(ws, *STAGES)
     whole = json.loads(eclipse("run", "--json", cwd=ws.root).stdout)
     assert whole["workspace"] == str(ws.root) and list(whole["stages"]) == list(STAGES)
-    assert json.loads(eclipse("train", "--json", cwd=ws.root).stdout) == {"rows": 3, "already_complete": True}
+    alone = json.loads(eclipse("train", "--json", cwd=ws.root).stdout)
+    assert alone["rows"] == 3 and alone["already_complete"]
     failed = eclipse("filter", "--json", "-w", "nowhere", cwd=ws.root)
     assert failed.returncode == 2 and json.loads(failed.stdout)["error"] == "no workspace here"
 
@@ -255,7 +257,8 @@ def test_the_traceback_of_a_defect_is_kept_for_later(ws: Workspace, monkeypatch:
     def fail(*_: object, **__: object) -> dict:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("eclipse.pipeline.filter.stage.filter_cache", fail)
+    complete(ws, "embed")
+    monkeypatch.setattr("eclipse.pipeline.cache.store.Store.open", fail)
     CliRunner().invoke(app, ["filter", "-w", str(ws.root)])
     assert "ZeroDivisionError" in (ws.logs / "tracebacks.txt").read_text()
 

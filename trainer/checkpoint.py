@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..pipeline.core.errors import EclipseError
-from ..pipeline.core.workspace import TEMPORARY_PREFIX, atomic_path, write_json
+from ..pipeline.core.files import TEMPORARY_PREFIX, atomic_path, write_json
 from .guard import Guard
 
 STATE = "state.json"

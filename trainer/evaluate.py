@@ -109,10 +109,11 @@ def unbeaten(table: Mapping[str, Mapping[str, float]], rows: int) -> list[str]:
 
 def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict[str, Any]:
     """The stage for cards whose pictures cannot be read back: the trained prior on the rows held back from training."""
-    from ..pipeline.core.card import STAGE_SECTIONS
-
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["evaluate"])
-    return ws.once("evaluate", fingerprint, lambda: _measure(ws, progress), overwrite=overwrite)
+    with ws.stage("evaluate", overwrite=overwrite) as run:
+        if not run.complete:
+            run.begin()
+            run.finish(_measure(ws, progress))
+    return run.summary
 
 
 def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from .trackers import EVERY, Tracker
 
 FILE = "metrics.jsonl"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -241,32 +238,21 @@ def train(
 
     steps and arm stand in for the card's. Resumes by itself; under other settings than before it raises EclipseError.
     """
-    from ..pipeline.core.card import STAGE_SECTIONS
-
     if arm not in (None, *ARMS):
         raise UsageError(f"unknown arm {arm!r}", where="--arm", hint=f"choose from {', '.join(ARMS)}")
     asked = (("steps", steps), ("arm", arm))
     changes = {name: value for name, value in asked if value not in (None, getattr(ws.card.train, name))}
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["train"])
-    if changes:
-        fingerprint = hashlib.sha256(json.dumps([fingerprint, changes], sort_keys=True).encode()).hexdigest()
-    leads = os.environ.get("RANK", "0") == "0"
-    if not overwrite and (done := ws.completed("train", fingerprint)):
-        return done
-    ws.require_intact("filter")
-    count, job = count_gpus(gpus), job_for(ws, changes, fingerprint)
-    checkpoints = ws.prior / "checkpoints"
-    anew = ws.redoing("train", ws.prior, made=lambda: checkpoints.is_dir() and any(checkpoints.iterdir()))
-    with anew if overwrite and leads else nullcontext():
-        if leads:
-            ws.begin("train", fingerprint)
+    with ws.stage("train", overwrite=overwrite, options=changes) as run:
+        if run.complete:
+            return run.summary
+        count, job = count_gpus(gpus), job_for(ws, changes, run.fingerprint)
+        run.begin()
         if count > 1 and not under_launcher():
             summary = spawn(work, count, job, False, progress.quiet)
         else:
             summary = work(job, count == 0, progress.quiet, progress)
-        if leads:
-            ws.finish("train", fingerprint, summary)
-    return summary
+        run.finish(summary)
+    return run.summary
 
 
 def job_for(ws: Workspace, changes: dict[str, Any], fingerprint: str) -> Job:

@@ -1,4 +1,9 @@
-"""A data card: what to fetch, which encoder, which rules, which prior and decoder. Read by every stage."""
+"""A data card: what to fetch, which encoder, which rules, which prior and decoder. Read by every stage.
+
+A section says which stage's output its keys decide (`decides`), and a key that decides none is marked NOTHING where it
+is defined: how fast something is made, or how often it is looked at. What a changed key makes stale follows from that.
+A key added later gets the default under which everything stays as it was made before; renamed ones are in RENAMED.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,19 @@ import difflib
 import hashlib
 import json
 import reprlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from .errors import UsageError
-from .workspace import CARD_NAME, atomic_path
+from .files import atomic_path
 
+CARD_NAME = "eclipse.yaml"  # the resolved card in a workspace
 INSTALLATION = Path(__file__).resolve().parents[2]
 CARDS = INSTALLATION / "data_cards"
 MODELS = INSTALLATION / "lab" / "models"
@@ -30,24 +39,42 @@ MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
 
 Scheduler = Literal["ddpm", "ddim"]
 
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "download": ("source",),
-    "embed": ("source", "encoder"),
-    "filter": ("source", "encoder", "filter"),
-    "train": ("source", "encoder", "filter", "prior", "train"),
-    "render": ("source", "encoder", "filter", "prior", "train", "decoder", "render"),
-    "evaluate": ("source", "encoder", "filter", "prior", "train", "decoder", "evaluate"),
+# Whose outputs a stage's own are made from. Rendering and evaluating do not depend on each other.
+BUILT_ON: dict[str, str | None] = {
+    "download": None,
+    "embed": "download",
+    "filter": "embed",
+    "train": "filter",
+    "render": "train",
+    "evaluate": "train",
 }
+STAGES = tuple(BUILT_ON)
+
+# Keys that once had other names, by section. They are still read, with a note; a workspace made before is recognised.
+RENAMED: dict[str, dict[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Beside a key's type: the first stages whose outputs it decides. What is built on those follows."""
+
+    stages: tuple[str, ...]
+
+
+NOTHING = Decides(())  # speed, patience, records: whatever changes here, what was made stays as good as it was
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys and numbers that are not finite are refused; nothing changes once loaded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    decides: ClassVar[tuple[str, ...]] = ()  # the first stages whose outputs keys of this section decide
 
 
 class FetchOptions(Section):
     """How pictures are fetched and stored; the same for every source."""
+
+    decides = ("download",)
 
     image_size: int = Field(
         256, ge=16, le=MAX_IMAGE_SIZE, description="side in pixels that stored pictures are resized to"
@@ -56,8 +83,8 @@ class FetchOptions(Section):
         "keep_ratio", description="img2dataset's resize mode; pictures are never enlarged"
     )
     rows_per_shard: int = Field(10_000, ge=1, le=MANY, description="rows of the URL list in one shard")
-    timeout_s: float = Field(10.0, gt=0, le=3600, description="seconds allowed for one URL")
-    retries: int = Field(2, ge=0, le=100, description="further passes over URLs that failed")
+    timeout_s: Annotated[float, NOTHING] = Field(10.0, gt=0, le=3600, description="seconds allowed for one URL")
+    retries: Annotated[int, NOTHING] = Field(2, ge=0, le=100, description="further passes over URLs that failed")
 
 
 class ShapesSource(FetchOptions):
@@ -78,7 +105,7 @@ class UrlSource(FetchOptions):
     )
     url_column: str = Field("url", description="column with the image URL")
     caption_column: str = Field("caption", description="column with the caption")
-    expected_rows: int | None = Field(
+    expected_rows: Annotated[int | None, NOTHING] = Field(
         None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
     )
 
@@ -104,6 +131,8 @@ class UrlSource(FetchOptions):
 class EncoderSection(Section):
     """Which CLIP makes the features."""
 
+    decides = ("embed",)
+
     model: str = Field(description="open_clip model name, hf-hub:… or local-dir:…; {models} is the installation's own")
     pretrained: str | None = Field(None, description="open_clip weights tag; null where the model name says it all")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the forward pass")
@@ -116,6 +145,8 @@ class EncoderSection(Section):
 
 class FilterSection(Section):
     """Rules that decide which embedded rows are trained on, applied in this order; null switches a rule off."""
+
+    decides = ("filter",)
 
     min_side: int | None = Field(None, ge=1, le=MANY, description="least width and height in pixels, as stored")
     max_aspect_ratio: float | None = Field(None, ge=1, description="largest ratio of the longer to the shorter side")
@@ -147,6 +178,8 @@ class FilterSection(Section):
 class PriorSection(Section):
     """Which network is trained."""
 
+    decides = ("train",)
+
     preset: Literal["tiny", "small", "karlo", "kandinsky22", "large"] = Field(
         "small", description="size of the prior; karlo and kandinsky22 are the published ones"
     )
@@ -155,6 +188,8 @@ class PriorSection(Section):
 class TrainSection(Section):
     """How the prior is trained."""
 
+    decides = ("train",)
+
     arm: Literal["eclipse", "projection", "diffusion"] = Field(
         "eclipse", description="eclipse, or a baseline of the same size: projection is lambda 0; diffusion"
     )
@@ -162,7 +197,7 @@ class TrainSection(Section):
     batch_size: int = Field(
         1024, ge=2, le=10_000_000, description="rows in the global batch; all are contrasted with each other"
     )
-    microbatch: int | None = Field(
+    microbatch: Annotated[int | None, NOTHING] = Field(
         None,
         ge=1,
         le=10_000_000,
@@ -186,20 +221,26 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast precision on a GPU; a CPU uses fp32")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of weights, order and noise")
     validation: float = Field(0.01, gt=0, lt=1, description="fraction of image groups held back for validation")
-    validate_every: int = Field(1000, ge=1, le=MANY, description="steps between validations")
-    checkpoint_every: int = Field(1000, ge=1, le=MANY, description="steps between checkpoints")
-    resident: bool = Field(False, description="hold the selected cache on the device; refused where it does not fit")
+    validate_every: Annotated[int, NOTHING] = Field(1000, ge=1, le=MANY, description="steps between validations")
+    checkpoint_every: Annotated[int, NOTHING] = Field(1000, ge=1, le=MANY, description="steps between checkpoints")
+    resident: Annotated[bool, NOTHING] = Field(
+        False, description="hold the selected cache on the device; refused where it does not fit"
+    )
     block_rows: int = Field(
         1,
         ge=1,
         le=MANY,
         description="above 1: shuffle blocks of so many rows, where the cache is far larger than memory",
     )
-    wandb: str | None = Field(None, description="project on Weights & Biases that gets the metrics too")
+    wandb: Annotated[str | None, NOTHING] = Field(
+        None, description="project on Weights & Biases that gets the metrics too"
+    )
 
 
 class DecoderSection(Section):
     """What turns image embeddings into pictures."""
+
+    decides = ("render", "evaluate")
 
     kind: Literal["kandinsky22", "karlo"] = Field("kandinsky22", description="family of the decoder")
     path: str = Field(description="directory or hub id; {models} is the installation's own")
@@ -212,6 +253,8 @@ class DecoderSection(Section):
 class RenderSection(Section):
     """What `eclipse render` makes when no prompts file is named."""
 
+    decides = ("render",)
+
     prompts: list[str] = Field(default_factory=list, description="prompts rendered by default")
     samples: int = Field(4, ge=1, le=10_000, description="pictures a prompt")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the noise; prompt and sample number are mixed in")
@@ -219,6 +262,8 @@ class RenderSection(Section):
 
 class EvaluateSection(Section):
     """How much `eclipse evaluate` measures."""
+
+    decides = ("evaluate",)
 
     prompts_per_category: int = Field(
         20, ge=1, le=10_000, description="prompts a category and split, for sources with categories"
@@ -249,6 +294,11 @@ class Card(Section):
     @classmethod
     def load(cls, name_or_path: str | Path) -> Card:
         """Read a card by its name (`shapes`) or its path. UsageError names file, key and the allowed values."""
+        return cls.read(name_or_path)[0]
+
+    @classmethod
+    def read(cls, name_or_path: str | Path) -> tuple[Card, list[str]]:
+        """The same, with a note for each key that goes by another name now."""
         path = find_card(name_or_path)
         try:
             if path.stat().st_size > LARGEST_CARD:
@@ -264,20 +314,31 @@ class Card(Section):
             raise UsageError("the card is nested too deeply", where=str(path)) from None
         if not isinstance(data, dict):
             raise UsageError("the card is empty or no mapping", where=str(path), hint="see `eclipse cards shapes`")
+        data, notes = renamed(_absolute_urls(data, path))
         try:
-            return cls.model_validate(_absolute_urls(data, path))
+            return cls.model_validate(data), [f"{path.name}: {note}" for note in notes]
         except ValidationError as error:
             raise UsageError(_explain(error), where=str(path), hint="`eclipse cards shapes` shows every key") from error
 
-    def fingerprint(self, *sections: str) -> str:
-        """SHA-256 over the canonical JSON of these sections (none named: of all that stages read).
+    def fingerprint(self, stage: str) -> str:
+        """SHA-256 over every key that decides what `stage` makes, its own and those of the stages it is built on.
 
         Keys that are null do not count: an option added later, and left out, changes no fingerprint.
         """
-        chosen = set(sections) or set(SECTIONS)
-        data = self.model_dump(mode="json", by_alias=True, include=chosen, exclude_none=True)
-        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest(self._deciding(lambda stages: bool(set(stages) & set(lineage(stage)))))
+
+    def section_fingerprint(self, section: str) -> str:
+        """The same over the deciding keys of one section."""
+        return digest({section: self._deciding(bool)[section]})
+
+    def _deciding(self, wanted: Callable[[tuple[str, ...]], bool]) -> dict[str, Any]:
+        """The keys of each section, as in a file, whose decided stages are `wanted`; sections without any left out."""
+        data = self.model_dump(mode="json", by_alias=True)
+        chosen: dict[str, Any] = {}
+        for key in keys(self):
+            if wanted(key.decides):
+                chosen.setdefault(key.section, {})[key.name] = data[key.section][key.name]
+        return chosen
 
     def differences(self, other: Card) -> list[str]:
         """`train.steps: 100 → 200` for every key of the sections in which `other` differs."""
@@ -368,11 +429,75 @@ def find_card(name_or_path: str | Path) -> Path:
     raise UsageError(f"unknown card {text!r}", hint=f"{meant}cards: {', '.join(card_names())}, or the path of a file")
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], sections: tuple[str, ...] | None = None) -> list[str]:
-    """Compare sections (None: all) of two dumped cards; names, titles and descriptions do not count."""
-    old, new = (_flatten({key: card.get(key) for key in sections or SECTIONS}) for card in (before, after))
-    keys = [*old, *(key for key in new if key not in old)]
-    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+@dataclass(frozen=True)
+class Key:
+    """One key of a card: where it stands, what it is, and the first stages whose outputs it decides."""
+
+    section: str
+    name: str
+    field: FieldInfo
+    decides: tuple[str, ...]
+
+
+def keys(card: Card | None = None) -> Iterator[Key]:
+    """Every key that a card has; None: that any card can have, those of each kind of source among them."""
+    for section in SECTIONS:
+        models = [type(getattr(card, section))] if card is not None else _models_of(section)
+        seen: set[str] = set()
+        for model in models:
+            for attribute, field in model.model_fields.items():
+                name = field.alias or attribute
+                marks = [mark.stages for mark in field.metadata if isinstance(mark, Decides)]
+                if name not in seen:
+                    yield Key(section, name, field, marks[0] if marks else model.decides)
+                seen.add(name)
+
+
+def lineage(stage: str) -> list[str]:
+    """The stage and those it is built on, itself first."""
+    stages: list[str] = []
+    while stage:
+        stages.append(stage)
+        stage = BUILT_ON[stage] or ""
+    return stages
+
+
+def digest(data: dict[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of sections; keys that are null do not count."""
+    plain = {
+        section: {key: value for key, value in values.items() if value is not None}
+        if isinstance(values, dict)
+        else values
+        for section, values in data.items()
+    }
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def renamed(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A card as read, with today's names in place of former ones, and a note for each; both at once are left alone."""
+    notes, result = [], dict(data)
+    for section, names in RENAMED.items():
+        values = result.get(section)
+        if not isinstance(values, dict):
+            continue
+        for old, new in names.items():
+            if old in values and new not in values:
+                values = {new if key == old else key: value for key, value in values.items()}
+                notes.append(f"{section}.{old} is called {section}.{new} now")
+        result[section] = values
+    return result, notes
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], stage: str | None = None) -> list[str]:
+    """`train.steps: 100 → 200` for each key of two dumped cards that differs; with `stage`, of those that decide it.
+
+    Names, titles and descriptions do not count.
+    """
+    old, new = (_flatten({key: renamed(card)[0].get(key) for key in SECTIONS}) for card in (before, after))
+    idle = {f"{key.section}.{key.name}" for key in keys() if stage and not set(key.decides) & set(lineage(stage))}
+    names = [name for name in dict.fromkeys([*old, *new]) if name not in idle]
+    return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -441,10 +566,13 @@ def _without_tag(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     section = str(loc[0])
     if section == "source" and len(loc) > 2:
-        model: type[BaseModel] = ShapesSource if loc[1] == "shapes" else UrlSource
-    elif len(loc) == 1:
-        model = Card
+        models = [ShapesSource if loc[1] == "shapes" else UrlSource]
     else:
-        annotation = Card.model_fields[section].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Card
-    return [field.alias or name for name, field in model.model_fields.items()]
+        models = [Card] if len(loc) == 1 else _models_of(section)
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _models_of(section: str) -> list[type[Section]]:
+    """The classes that a section can be of: one, but for the source."""
+    annotation = Card.model_fields[section].annotation
+    return [model for model in (annotation, *get_args(annotation)) if isinstance(model, type)]

@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .card import Card, ShapesSource, card_names, resolve
+from .card import CARD_NAME, Card, ShapesSource, card_names, resolve
 from .errors import EclipseError
 from .progress import Progress
-from .workspace import CARD_NAME, Workspace
+from .workspace import Workspace
 
 DISTRIBUTION = "eclipse-prior"
 MIN_OPEN_FILES = 4096

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import os
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-from .errors import EclipseError, UsageError
+from .card import CARD_NAME, STAGES, Card
+from .errors import UsageError
+from .files import write_json
 from .progress import Progress
-from .workspace import CARD_NAME, STAGES, Workspace, write_json
+from .workspace import Workspace
 
 ENTRIES = {
     "download": ("pipeline.download.stage", "download"),
@@ -39,8 +38,6 @@ def locate(card: str | None, root: Path | None, *, default_card: str | None = No
         root = Path.cwd()
     if card is None and (default_card is None or (root is not None and (root / CARD_NAME).is_file())):
         return Workspace.open(root)
-    from .card import Card
-
     if card is None and root is None and (Path.cwd() / f"eclipse-{default_card}" / CARD_NAME).is_file():
         return Workspace.open(Path.cwd() / f"eclipse-{default_card}")
     loaded = Card.load(card or str(default_card))
@@ -52,23 +49,16 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run one stage to its end and return its summary. A complete one answers from its state file alone."""
     asked = {name for name, value in options.items() if value is not None} - set(RESOURCES)
-    if not overwrite and not asked and (done := _done(ws, stage)):
+    if not overwrite and not asked and (done := ws.stage(stage).completed()):
         return done
     module_name, function_name = ENTRIES[stage]
     if stage == "evaluate" and ws.card.source.kind == "shapes":
         module_name, function_name = SHAPES_EVALUATION
     if stage in ("render", "evaluate") and options.get("prior") is None:
         check_prior(ws, progress)
-    leads = os.environ.get("RANK", "0") == "0"  # under torchrun one process holds the workspace for all
-    with ws.lock(stage) if leads else contextlib.nullcontext():
-        try:
-            function = getattr(importlib.import_module(f"eclipse.{module_name}"), function_name)
-            given = {name: value for name, value in options.items() if value is not None}
-            return function(ws, progress, overwrite=overwrite, **given)
-        except Exception as error:
-            if not isinstance(error, (EclipseError, OSError)):
-                _keep_traceback(ws, stage)
-            raise
+    function = getattr(importlib.import_module(f"eclipse.{module_name}"), function_name)
+    given = {name: value for name, value in options.items() if value is not None}
+    return function(ws, progress, overwrite=overwrite, **given)
 
 
 def run_all(
@@ -95,7 +85,7 @@ def run_all(
 
 def _dirt(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
     """How much of the dirt planted in the shapes world was found; measured once for each run of the filter."""
-    path, state = ws.reports / "dirt.json", ws.state("filter")
+    path, state = ws.reports / "dirt.json", ws.stage("filter").finished
     assert state is not None
     known = _read_json(path)
     if known.get("filtered_at") == state.finished_at and "found" in known:
@@ -132,8 +122,8 @@ def cluster_option(stage: str, cluster: str) -> dict[str, str]:
 
 def check_prior(ws: Workspace, progress: Progress) -> None:
     """Say so if the trained prior is not of the present data. Raises EclipseError if it is damaged."""
-    ws.require_intact("train")
-    if ws.state("train") is None and (ws.prior / "final").is_dir():
+    ws.stage("train").require_intact()
+    if ws.stage("train").finished is None and (ws.prior / "final").is_dir():
         progress.say("the prior was trained before its data changed; `eclipse train --overwrite` makes a new one")
 
 
@@ -152,21 +142,3 @@ def run_experiment(
     from ...lab.experiments import Dials, run
 
     return run(name, out, progress, Dials(seeds=numbers, **dials), card=card)
-
-
-def _done(ws: Workspace, stage: str) -> dict[str, Any] | None:
-    """The summary of a stage that is complete for this very card; anything else is for the stage to judge."""
-    state = ws.state(stage)
-    if state is None:
-        return None
-    from .card import STAGE_SECTIONS
-
-    if state.fingerprint != ws.card.fingerprint(*STAGE_SECTIONS[stage]):
-        return None
-    return ws.completed(stage, state.fingerprint)
-
-
-def _keep_traceback(ws: Workspace, stage: str) -> None:
-    ws.logs.mkdir(exist_ok=True)
-    with (ws.logs / "tracebacks.txt").open("a") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage}\n{traceback.format_exc()}\n")

@@ -1,64 +1,73 @@
-"""What each stage of a workspace has done, and what comes next. Reads state files only; called by cli.py."""
+"""What each stage of a workspace has done, and what comes next. Reads records only; called by cli.py."""
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
-from .card import STAGE_SECTIONS, differences
-from .workspace import STAGES, Workspace
+from .card import STAGES, differences
+from .stage import PIECES, Stage
+from .workspace import Workspace
 
 SHOWN_COUNTS = 4
-PARTIAL = {"download": ("images", "*.tar", "shards"), "embed": ("embeddings", "part-*.parquet", "parts")}
+UNITS = {"download": "shards", "embed": "parts", "train": "checkpoints"}
 
 
 def gather(ws: Workspace) -> dict[str, Any]:
     """JSON-ready: workspace, card, holder (who is at work, or None), stages, and the command that is next (or None).
 
     A stage is `complete`; `damaged` if a file it left is gone or of another size; `changed` if the card's settings
-    behind it are other ones now; `begun`; or `waiting`.
+    behind it are other ones now; `begun`; `stale` if what it was made from was made anew since; or `waiting`.
     """
-    stages = [_stage_row(ws, stage) for stage in STAGES]
-    open_stages = [row["stage"] for row in stages if row["state"] != "complete"]
-    changed = next((row["stage"] for row in stages if row["state"] == "changed"), None)
-    command = (
-        f"eclipse {open_stages[0]}" + (" --overwrite" if changed == open_stages[0] else "") if open_stages else None
-    )
+    rows = [_row(ws.stage(name)) for name in STAGES]
+    first = next((row for row in rows if row["state"] != "complete"), None)
     return {
         "workspace": str(ws.root),
         "card": ws.card.name,
         "holder": ws.holder(),
-        "stages": stages,
-        "next": command,
+        "stages": rows,
+        "next": None if first is None else _command(ws, first["stage"], first["state"]),
     }
 
 
-def _stage_row(ws: Workspace, stage: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"stage": stage, "state": "waiting", "counts": "", "changes": [], "finished_at": ""}
-    state, begun = ws.state(stage), ws.begun(stage)
-    if state is not None:
-        row.update(state="complete", counts=counts_text(state.summary), finished_at=state.finished_at)
-        before = state.card
-    elif begun is not None:
-        row.update(state="begun", counts=_partial(ws, stage))
-        before = begun["card"]
-    else:
+def _row(stage: Stage) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage.name, "state": "waiting", "counts": "", "changes": [], "finished_at": ""}
+    if (finished := stage.finished) is not None:
+        row.update(state="complete", counts=counts_text(finished.summary), finished_at=finished.finished_at)
+    elif stage.begun is not None:
+        pieces = sum(1 for _ in stage.ws.root.glob(PIECES[stage.name])) if stage.name in PIECES else 0
+        row.update(state="begun", counts=f"{pieces:,} {UNITS[stage.name]} so far" if stage.name in PIECES else "")
+    elif stage.stale is not None:
+        row.update(state="stale", counts="what it was made from has changed")
+    if (record := finished or stage.begun) is None:
         return row
-    now = ws.card.model_dump(mode="json", by_alias=True)
-    if changes := differences(before, now, STAGE_SECTIONS[stage]):
+    now = stage.ws.card.model_dump(mode="json", by_alias=True)
+    if changes := differences(record.card, now, stage.name):
         row.update(state="changed", changes=changes, counts="; ".join(changes[:3]))
-    elif damage := ws.damage(stage):
+    elif damage := stage.damage(thorough=False):
         row.update(state="damaged", counts=damage)
     return row
+
+
+def _command(ws: Workspace, name: str, state: str) -> str:
+    """The command that brings this stage to its end; it is meant to be typed as it stands."""
+    stage, words = ws.stage(name), ["eclipse", name]
+    record = stage.begun or stage.finished
+    # Checkpoints of other rows cannot be continued from.
+    of_other_rows = name == "train" and record is None and any(ws.root.glob(PIECES[name]))
+    if state == "changed" or of_other_rows:
+        words.append("--overwrite")
+    elif record is not None:
+        for option, value in (record.options or {}).items():
+            flag = option.replace("_", "-")
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    if ws.root != Path.cwd():
+        words += ["-w", str(ws.root)]
+    return shlex.join(words)
 
 
 def counts_text(summary: dict[str, Any]) -> str:
     """The first whole numbers of a stage's summary, on one line."""
     numbers = {k: v for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
     return ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in list(numbers.items())[:SHOWN_COUNTS])
-
-
-def _partial(ws: Workspace, stage: str) -> str:
-    if stage not in PARTIAL:
-        return ""
-    folder, pattern, unit = PARTIAL[stage]
-    return f"{sum(1 for _ in (ws.root / folder).glob(pattern)):,} {unit} so far"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError, UsageError
+from ..core.files import write_json
 from ..core.progress import Progress, Task
-from ..core.workspace import Workspace, write_json
+from ..core.stage import Stage
+from ..core.workspace import Workspace
 from ..images.rejects import Reject, write_rejected
 from .http import is_transient
 from .pool import Fetchers
@@ -42,26 +43,20 @@ def download(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     Raises EclipseError if the list changed under a download that began, if nothing could be fetched, or if a row has
     no fate; UsageError for a list that cannot be read.
     """
-    fingerprint = ws.card.fingerprint("source")
-    if not overwrite and (done := ws.completed("download", fingerprint)) is not None:
-        return done
-    started = time.monotonic()
-    with _swept(ws), Fetchers(_spec(ws)) as fetchers, _served(ws, anew=overwrite) as urls:
-        run = _Run(ws, urls, progress, fetchers)
-        run.survey(anew=overwrite)
-        if overwrite:  # the list is known to be readable: nothing old is removed before
-            ws.reset("download")
-            shutil.rmtree(ws.images, ignore_errors=True)
-        ws.begin("download", fingerprint)
-        run.note_list()
-        run.fetch()
-    summary = run.account()
-    from ..report.stages import download_page
+    with ws.stage("download", overwrite=overwrite) as run:
+        if run.complete:
+            return run.summary
+        with _swept(ws), Fetchers(_spec(ws)) as fetchers, _served(ws, anew=overwrite) as urls:
+            work = _Run(ws, urls, progress, fetchers, run)
+            work.survey(anew=overwrite)
+            run.begin()  # the list is known to be readable: nothing old is removed before
+            work.note_list()
+            work.fetch()
+        summary = work.account()
+        from ..report.stages import download_page
 
-    summary["report"] = str(download_page(ws, summary["rejected"]))
-    summary["seconds"] = round(time.monotonic() - started, 2)
-    ws.finish("download", fingerprint, summary)
-    return summary
+        run.finish(summary, report=download_page(ws, summary["rejected"]))
+    return run.summary
 
 
 @dataclass
@@ -72,6 +67,7 @@ class _Run:
     urls: UrlList
     progress: Progress
     fetchers: Fetchers
+    run: Stage
     clean: int = 0
     unfit: list[Reject] = field(default_factory=list)
     attempts: dict[int, int] = field(default_factory=dict)
@@ -147,6 +143,7 @@ class _Run:
 
         def advance(done: int, failed: int) -> None:
             task.advance(done, failures=failed)
+            self.run.give_up_old()
 
         self.fetchers.fetch(self._prepared(shards, rows), workers=workers, advance=advance)
 

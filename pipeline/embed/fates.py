@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from ..cache.part import PartMeta, read_part
 from ..core.errors import EclipseError
-from ..core.workspace import atomic_path
+from ..core.files import atomic_path
 from ..images.rejects import Reject
 from ..images.tar import require_regular
 from .tasks import ShardTask

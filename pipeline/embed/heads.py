@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import EclipseError, UsageError
-from ..core.workspace import atomic_path
+from ..core.files import atomic_path
 from ..images.tar import require_regular
 
 LAION_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"

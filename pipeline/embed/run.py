@@ -24,13 +24,19 @@ SHOWN_SHARDS = 5
 class EmbedRun:
     """One run of the stage over `tasks`. Thread-safe once started.
 
-    ready: called once, when the first encoder is loaded and before anything is written.
+    ready: called once, when the first encoder is loaded and before anything is written. piece_done: after each part.
     """
 
-    def __init__(self, tasks: Sequence[ShardTask], progress: Progress, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[ShardTask],
+        progress: Progress,
+        ready: Callable[[], None],
+        piece_done: Callable[[], None] = lambda: None,
+    ) -> None:
         self.tasks = tasks
         self.progress = progress
-        self.ready = ready
+        self.ready, self.piece_done = ready, piece_done
         self.meta: PartMeta | None = None
         self.book = TaskBook([])
         self.embedded = 0
@@ -85,6 +91,7 @@ class EmbedRun:
             self._advance(event, device)
         elif isinstance(event, ShardDone):
             self.book.done(event.number)
+            self.piece_done()
         elif isinstance(event, ShardFailed):
             self.progress.say(f"shard {event.number:05d} failed: {event.error}")
             self.book.failed(event.number, event.error)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache.part import part_name
-from ..core.card import STAGE_SECTIONS
 from ..core.errors import EclipseError, UsageError
 from ..images.rejects import Reject, write_rejected
 from ..images.shards import shards_of
@@ -46,37 +44,29 @@ def embed(
     in the way, if shards failed for good (named; the others are kept), or if an input has no fate.
     """
     keep_states = ws.card.encoder.text_states if text_states is None else text_states
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS[STAGE])
-    if keep_states != ws.card.encoder.text_states:
-        fingerprint += f" text_states={keep_states}"
-    if not overwrite and (done := ws.completed(STAGE, fingerprint)):
-        return done
-    ws.require_intact("download")
-    used = list(devices) if devices else _devices(gpus, cluster)
-    tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]], orphans_allowed=overwrite)
+    options = {} if keep_states == ws.card.encoder.text_states else {"text_states": keep_states}
+    with ws.stage(STAGE, overwrite=overwrite, options=options) as run:
+        if run.complete:
+            return run.summary
+        used = list(devices) if devices else _devices(gpus, cluster)
+        tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]], orphans_allowed=overwrite)
+        # `begin` is called when the encoder is there and everything asked for makes sense: nothing old goes before.
+        work = EmbedRun(tasks, progress, ready=run.begin, piece_done=run.give_up_old)
+        spec = _spec(ws, progress, keep_states, used, run.card_fingerprint)
+        if cluster != "local":
+            from .ray import run_on_ray
 
-    def ready() -> None:
-        """The encoder is there and everything asked for makes sense: nothing old is removed before."""
-        if overwrite:
-            _clear(ws)
-        ws.begin(STAGE, fingerprint)
+            run_on_ray(cluster, spec, work, gpus=used[0] != "cpu")
+        elif used == ["cpu"]:
+            work.here(spec)
+        else:
+            from .workers import run_workers
 
-    run = EmbedRun(tasks, progress, ready)
-    spec = _spec(ws, progress, keep_states, used)
-    if cluster != "local":
-        from .ray import run_on_ray
-
-        run_on_ray(cluster, spec, run, gpus=used[0] != "cpu")
-    elif used == ["cpu"]:
-        run.here(spec)
-    else:
-        from .workers import run_workers
-
-        run_workers(used, spec, run)
-    run.require_complete()
-    summary = _summary(ws, run)
-    ws.finish(STAGE, fingerprint, summary)
-    return summary
+            run_workers(used, spec, work)
+        work.require_complete()
+        summary, page = _summary(ws, work)
+        run.finish(summary, report=page)
+    return run.summary
 
 
 def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> list[ShardTask]:
@@ -105,12 +95,6 @@ def _fates(ws: Workspace) -> Path:
     return ws.logs / STAGE
 
 
-def _clear(ws: Workspace) -> None:
-    ws.reset(STAGE)
-    for folder in (ws.embeddings, _fates(ws)):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _devices(gpus: int | None, cluster: str) -> list[str]:
     if gpus == 0:
         return ["cpu"]
@@ -124,7 +108,9 @@ def _devices(gpus: int | None, cluster: str) -> list[str]:
     return [f"cuda:{index}" for index in range(gpus or present)] or ["cpu"]
 
 
-def _spec(ws: Workspace, progress: Progress, text_states: bool, devices: Sequence[str]) -> LaneSpec:
+def _spec(
+    ws: Workspace, progress: Progress, text_states: bool, devices: Sequence[str], card_fingerprint: str
+) -> LaneSpec:
     from .clip import PRESETS
     from .heads import find_head
     from .lane import LaneSpec
@@ -142,12 +128,12 @@ def _spec(ws: Workspace, progress: Progress, text_states: bool, devices: Sequenc
         precision=section.precision,
         heads=tuple((kind, file) for kind, file in heads if file),
         text_states=text_states,
-        card=ws.card.fingerprint(*STAGE_SECTIONS[STAGE]),
+        card=card_fingerprint,
         decode_threads=max(1, min(MOST_DECODE_THREADS, cores // len(devices))),
     )
 
 
-def _summary(ws: Workspace, run: EmbedRun) -> dict[str, Any]:
+def _summary(ws: Workspace, run: EmbedRun) -> tuple[dict[str, Any], Path]:
     """Add up the fates, write rejected.parquet and the page. Raises EclipseError if the counts do not add up."""
     totals = {"rows": 0, "inputs": 0, "parts": len(run.tasks), "truncated_captions": 0}
 
@@ -182,7 +168,7 @@ def _summary(ws: Workspace, run: EmbedRun) -> dict[str, Any]:
             where=str(ws.embeddings),
             hint="start over with `eclipse embed --overwrite`, and please report this fault",
         )
-    return {
+    summary = {
         **totals,
         "rejected": reasons,
         "encoder": run.meta.encoder,
@@ -190,5 +176,5 @@ def _summary(ws: Workspace, run: EmbedRun) -> dict[str, Any]:
         "images_per_s": round(run.embedded / run.seconds, 1) if run.embedded else 0.0,
         "devices": sorted(run.rates),
         "embeddings": str(ws.embeddings),
-        "report": str(embed_page(ws, store, reasons)),
     }
+    return summary, embed_page(ws, store, reasons)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ..cache.part import HEAD_SCORES
-from ..core.card import STAGE_SECTIONS
 from ..core.errors import EclipseError
+from ..core.files import atomic_path
 from ..core.progress import Progress
-from ..core.workspace import Workspace, atomic_path
+from ..core.workspace import Workspace
 from ..images.shards import shards_of
 
 if TYPE_CHECKING:
@@ -30,34 +28,24 @@ def filter_cache(ws: Workspace, progress: Progress, *, overwrite: bool = False) 
     where kept), duplicate_of {part, row} (null unless a copy; always a kept row), and SCORES (null where not computed).
     Raises EclipseError if `embed` is not done, or if the filter was run with other settings and not told to overwrite.
     """
-    fingerprint = ws.card.fingerprint(*STAGE_SECTIONS["filter"])
-    if not overwrite and (done := ws.completed("filter", fingerprint)):
-        return done
-    if ws.state("embed") is None:
-        raise EclipseError("nothing to filter yet", where=str(ws.embeddings), hint="run `eclipse embed` first")
-    ws.require_intact("embed")
-    with ws.redoing("filter") if overwrite else nullcontext():
-        return _filter(ws, progress, fingerprint)
-
-
-def _filter(ws: Workspace, progress: Progress, fingerprint: str) -> dict:
-    ws.begin("filter", fingerprint)
-    started = time.monotonic()
-
-    from ..cache.store import Store
-    from ..report import stages as report
-
-    store = Store.open(ws.embeddings)
-    table, notes = _judge(store, ws, progress)
-    with atomic_path(ws.selection) as temporary:
+    with ws.stage("filter", overwrite=overwrite) as run:
+        if run.complete:
+            return run.summary
+        if ws.stage("embed").finished is None:
+            raise EclipseError("nothing to filter yet", where=str(ws.embeddings), hint="run `eclipse embed` first")
+        run.begin()
         import pyarrow.parquet as pq
 
-        pq.write_table(table, temporary, compression="zstd")
-    summary = _summary(table, notes, time.monotonic() - started)
-    summary["selection"] = str(ws.selection)
-    summary["report"] = str(report.filter_page(ws, store, table, summary, progress))
-    ws.finish("filter", fingerprint, summary)
-    return summary
+        from ..cache.store import Store
+        from ..report import stages as report
+
+        store = Store.open(ws.embeddings)
+        table, notes = _judge(store, ws, progress)
+        with atomic_path(ws.selection) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        summary = {**_summary(table, notes), "selection": str(ws.selection)}
+        run.finish(summary, report=report.filter_page(ws, store, table, summary, progress))
+    return run.summary
 
 
 def _judge(store: Store, ws: Workspace, progress: Progress) -> tuple[pa.Table, dict[str, float]]:
@@ -116,7 +104,7 @@ def _table(store: Store, reason: np.ndarray, duplicate_of: np.ndarray, scores: d
     return pa.table(columns)
 
 
-def _summary(table: pa.Table, notes: dict[str, float], seconds: float) -> dict:
+def _summary(table: pa.Table, notes: dict[str, float]) -> dict:
     reasons = Counter(reason for reason in table["reason"].to_pylist() if reason is not None)
     kept = len(table) - sum(reasons.values())
     return {
@@ -124,5 +112,4 @@ def _summary(table: pa.Table, notes: dict[str, float], seconds: float) -> dict:
         "kept": kept,
         "rejected": dict(reasons.most_common()),
         **notes,
-        "seconds": round(seconds, 1),
     }

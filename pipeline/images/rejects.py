@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..core.card import STAGES
 from ..core.errors import EclipseError
-from ..core.workspace import STAGES, atomic_path
+from ..core.files import atomic_path
 from .tar import require_regular
 
 if TYPE_CHECKING:

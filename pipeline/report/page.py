@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.workspace import atomic_path
+from ..core.files import atomic_path
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from eclipse.decode.export import FILES, describe, export_prior, push_prior, read_record
 from eclipse.pipeline.core import hub as client
-from eclipse.pipeline.core.card import STAGE_SECTIONS
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from fake_hub import fake_hub, hub_environment
+from records import finish
 from tiny_workspace import DIM, make_workspace
 
 QUIET = Progress(quiet=True)
@@ -34,7 +34,7 @@ SUMMARIES: dict[str, dict[str, Any]] = {
 def ws(tmp_path: Path) -> Workspace:
     ws = make_workspace(tmp_path)
     for stage, summary in SUMMARIES.items():
-        ws.finish(stage, ws.card.fingerprint(*STAGE_SECTIONS[stage]), summary)
+        finish(ws, stage, summary=summary)
     return ws
 
 

@@ -15,6 +15,7 @@ from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from PIL import Image
+from records import forget
 from tiny_workspace import DIM, make_workspace, save_tiny_prior
 
 QUIET = Progress(quiet=True)
@@ -188,7 +189,7 @@ def test_a_new_prior_replaces_the_stages_own_pictures(ws: Workspace) -> None:
     ws = Workspace.open(ws.root)
     before = pixels(Path(render(ws, QUIET)["folder"]))
     save_tiny_prior(ws.prior / "final", seed=2)
-    ws.reset("train")
+    forget(ws, "render")
     after = pixels(Path(render(ws, QUIET)["folder"]))
     assert len(after) == 2 and not equal(before, after)
 

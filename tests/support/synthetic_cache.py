@@ -13,6 +13,7 @@ from eclipse.pipeline.cache.store import PartMeta, PartWriter, part_name
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.workspace import Workspace
 from PIL import Image
+from records import finish
 
 DIM, WIDTH, ROWS_A_PART = 64, 8, 500
 META = PartMeta("synthetic", "f" * 16, "none", "fp32", DIM, WIDTH, "c" * 16)
@@ -110,7 +111,7 @@ def write(root: Path, table: list[Row], **filter_options: object) -> Workspace:
     ws.images.mkdir()
     for number, start in enumerate(range(0, len(table), ROWS_A_PART)):
         _write_part(ws, number, table[start : start + ROWS_A_PART])
-    ws.finish("embed", "synthetic", {})
+    finish(ws, "embed", summary={})
     return ws
 
 

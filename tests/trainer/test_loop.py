@@ -194,7 +194,7 @@ def test_two_processes_equal_one_with_their_batch(undisturbed: Workspace, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(ws), losses(undisturbed), rtol=1e-5)
-    assert ws.state("train") is not None
+    assert ws.stage("train").finished is not None
 
 
 def test_a_job_travels_to_other_processes(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_an_overwrite_that_cannot_start_costs_nothing(undisturbed: Workspace, tm
         stage.train(ws, QUIET, overwrite=True)
     assert str(ws.selection) in str(caught.value)
     after = weights(ws)
-    assert ws.state("train") is not None and all(torch.equal(after[name], before[name]) for name in before)
+    assert ws.stage("train").finished is not None and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_training_that_learns_nothing_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

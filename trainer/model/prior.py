@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...pipeline.core import hub
 from ...pipeline.core.errors import EclipseError
-from ...pipeline.core.workspace import atomic_path, write_json
+from ...pipeline.core.files import atomic_path, write_json
 from .transformer import PackedText, PriorConfig, PriorTransformer, like
 
 if TYPE_CHECKING:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from eclipse.pipeline.core.card import MODELS, STAGE_SECTIONS, Card, ShapesSource, UrlSource, card_names, resolve
+from eclipse.pipeline.core.card import (
+    BUILT_ON,
+    MODELS,
+    RENAMED,
+    STAGES,
+    Card,
+    ShapesSource,
+    UrlSource,
+    card_names,
+    keys,
+    resolve,
+)
 from eclipse.pipeline.core.errors import UsageError
 from pydantic import BaseModel
 
@@ -33,7 +44,7 @@ def test_shipped_cards_load_and_survive_a_round_trip(name: str, tmp_path: Path):
     assert card.name == name and card.title and card.description and card.licence
     card.dump(tmp_path / "eclipse.yaml")
     again = Card.load(tmp_path / "eclipse.yaml")
-    assert again == card and again.fingerprint() == card.fingerprint()
+    assert again == card and again.fingerprint("evaluate") == card.fingerprint("evaluate")
 
 
 def test_every_key_is_documented():
@@ -51,13 +62,12 @@ def test_every_key_is_documented():
     assert len(pending) > 8
 
 
-def test_a_fingerprint_covers_its_sections_alone(tmp_path: Path):
+def test_a_fingerprint_covers_the_keys_that_decide_a_stage_and_those_before_it(tmp_path: Path):
     base = Card.load(write(tmp_path, MINIMAL))
     titled = Card.load(write(tmp_path, MINIMAL + "title: other words\n"))
     trained = Card.load(write(tmp_path, MINIMAL + "train: {lambda: 0.4}\n"))
-    assert base.fingerprint() == titled.fingerprint()
-    assert base.fingerprint(*STAGE_SECTIONS["filter"]) == trained.fingerprint(*STAGE_SECTIONS["filter"])
-    assert base.fingerprint(*STAGE_SECTIONS["train"]) != trained.fingerprint(*STAGE_SECTIONS["train"])
+    assert all(base.fingerprint(stage) == titled.fingerprint(stage) for stage in STAGES)
+    assert [s for s in STAGES if base.fingerprint(s) != trained.fingerprint(s)] == ["train", "render", "evaluate"]
     assert base.differences(trained) == ["train.lambda: 0.2 → 0.4"]
 
 
@@ -66,12 +76,43 @@ def test_an_option_added_later_and_left_out_changes_no_fingerprint(tmp_path: Pat
     assert card.filter.min_side is None
     known_today = {key: value for key, value in card.filter.model_dump().items() if value is not None}
     canonical = json.dumps({"filter": known_today}, sort_keys=True, separators=(",", ":"))
-    assert card.fingerprint("filter") == hashlib.sha256(canonical.encode()).hexdigest()
+    assert card.section_fingerprint("filter") == hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def test_later_stages_depend_on_what_earlier_ones_depend_on():
-    for earlier, later in (("download", "embed"), ("embed", "filter"), ("filter", "train"), ("train", "render")):
-        assert set(STAGE_SECTIONS[earlier]) < set(STAGE_SECTIONS[later])
+OTHER_VALUES = {"wandb": "project", "microbatch": 2, "expected_rows": 5}
+
+
+@pytest.mark.parametrize("key", [f"{key.section}.{key.name}" for key in keys() if not key.decides])
+def test_a_key_that_decides_nothing_makes_nothing_stale(tmp_path: Path, key: str):
+    section, name = key.split(".")
+    base = Card.load(write(tmp_path, MINIMAL))
+    before = getattr(getattr(base, section), name)
+    value = OTHER_VALUES.get(name, not before if isinstance(before, bool) else (before or 0) + 1)
+    data = yaml.safe_load(MINIMAL)
+    changed = Card.load(write(tmp_path, yaml.safe_dump({**data, section: {**data.get(section, {}), name: value}})))
+    assert getattr(getattr(changed, section), name) == value != before
+    assert all(base.fingerprint(stage) == changed.fingerprint(stage) for stage in STAGES)
+
+
+def test_patience_speed_and_records_decide_nothing():
+    named = {"timeout_s", "retries", "expected_rows", "microbatch", "resident", "wandb"}
+    assert {*named, "checkpoint_every", "validate_every"} <= {key.name for key in keys() if not key.decides}
+
+
+def test_what_a_stage_is_built_on_is_decided_before_it():
+    decided = {key.section: key.decides for key in keys() if key.decides}
+    assert decided["source"] == ("download",) and decided["decoder"] == ("render", "evaluate")
+    assert {stage for stages in decided.values() for stage in stages} == set(STAGES)
+    assert BUILT_ON["render"] == BUILT_ON["evaluate"] == "train"
+
+
+def test_a_former_name_of_a_key_is_read_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(RENAMED, "train", {"number_of_steps": "steps"})
+    card, notes = Card.read(write(tmp_path, MINIMAL + "train: {number_of_steps: 7}\n"))
+    assert card.train.steps == 7
+    assert notes == ["card.yaml: train.number_of_steps is called train.steps now"]
+    with pytest.raises(UsageError, match=r"unknown key train\.number_of_steps"):
+        Card.load(write(tmp_path, MINIMAL + "train: {number_of_steps: 7, steps: 8}\n"))
 
 
 def test_the_url_list_is_found_beside_a_users_card_and_in_the_workspace(tmp_path: Path):

@@ -1,24 +1,26 @@
-"""`eclipse status`: what it says about stages that are done, begun, changed or waiting."""
+"""`eclipse status`: what it says about stages that are done, begun, changed, stale or waiting, and what is next."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from eclipse.pipeline.core.card import STAGE_SECTIONS, Card
+from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.status import gather
 from eclipse.pipeline.core.workspace import Workspace
+from records import begin, finish, forget
 
 
 @pytest.fixture
-def ws(tmp_path: Path) -> Workspace:
+def ws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     ws = Workspace.create(tmp_path, Card.load("shapes"))
+    monkeypatch.chdir(tmp_path)
     ws.images.mkdir()
-    ws.finish("download", ws.card.fingerprint("source"), {"rows": 7800, "failed": 200, "folder": "x", "seconds": 1.5})
-    ws.begin("embed", ws.card.fingerprint("source", "encoder"))
+    finish(ws, "download", summary={"rows": 7800, "failed": 200, "folder": "x"})
+    begin(ws, "embed")
     ws.embeddings.mkdir()
     for number in range(3):
-        (ws.embeddings / f"part-{number:05d}.parquet").touch()
+        (ws.embeddings / f"part-{number:05d}.parquet").write_bytes(b"rows")
     return ws
 
 
@@ -45,8 +47,7 @@ def test_changed_settings_are_named_with_the_way_out(ws: Workspace):
 
 
 def test_nothing_is_next_when_everything_is_complete(ws: Workspace):
-    for stage in states(gather(ws)):
-        ws.finish(stage, "any", {})
+    finish(ws, *states(gather(ws)))
     assert gather(ws)["next"] is None
 
 
@@ -56,14 +57,30 @@ def test_looking_leaves_no_trace(ws: Workspace):
     assert sorted(ws.root.rglob("*")) == before
 
 
-def test_a_missing_part_is_shown_and_what_mends_it(tmp_path: Path):
-    ws = Workspace.create(tmp_path / "ws", Card.load("shapes"))
-    ws.embeddings.mkdir()
+def test_a_missing_part_is_shown_and_what_mends_it(ws: Workspace):
+    finish(ws, "embed")
     part = ws.embeddings / "part-00000.parquet"
-    part.write_bytes(b"rows")
-    for stage in ("download", "embed"):
-        ws.finish(stage, ws.card.fingerprint(*STAGE_SECTIONS[stage]), {"rows": 1})
     part.unlink()
     found = gather(ws)
     assert [row["state"] for row in found["stages"][:2]] == ["complete", "damaged"]
     assert str(part) in found["stages"][1]["counts"] and found["next"] == "eclipse embed"
+
+
+def test_a_prior_of_other_rows_is_begun_anew(ws: Workspace):
+    (ws.prior / "checkpoints" / "step-00000003").mkdir(parents=True)
+    ws.selection.write_text("rows")
+    finish(ws, "embed", "filter", "train")
+    ws.selection.write_text("other rows")
+    finish(ws, "filter")
+    found = gather(ws)
+    assert states(found)["train"] == "stale" and found["next"] == "eclipse train --overwrite"
+
+
+def test_what_is_next_repeats_the_options_and_the_place(ws: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    finish(ws, "embed", "filter")
+    begin(ws, "train", steps=5, arm="projection")
+    assert gather(ws)["next"] == "eclipse train --steps 5 --arm projection"
+    monkeypatch.chdir("/")
+    forget(ws, "embed")
+    begin(ws, "embed", text_states=False)
+    assert gather(ws)["next"] == f"eclipse embed --no-text-states -w {tmp_path}"

@@ -1,19 +1,20 @@
-"""The workspace: whole-or-nothing files, the lock between real processes, stage states and what makes them stale."""
+"""The workspace: how it is made and found, and the lock between real processes."""
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import EclipseError, UsageError
-from eclipse.pipeline.core.workspace import StageState, Workspace, atomic_path, write_json
+from eclipse.pipeline.core.workspace import Workspace
 
 
 @pytest.fixture
@@ -55,33 +56,6 @@ def test_create_refuses_a_file(tmp_path: Path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(UsageError, match="not a directory"):
         Workspace.create(tmp_path / "taken", Card.load("shapes"))
-
-
-def test_atomic_path_replaces_files_and_directories_whole(tmp_path: Path):
-    target = tmp_path / "deep" / "file.txt"
-    for text in ("first", "second"):
-        with atomic_path(target) as temporary:
-            temporary.write_text(text)
-            assert temporary.suffix == ".txt"
-        assert target.read_text() == text
-    for name in ("a", "b"):
-        with atomic_path(tmp_path / "folder") as temporary:
-            temporary.mkdir()
-            (temporary / name).write_text(name)
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "deep", "file.txt", "folder"]
-
-
-def test_atomic_path_keeps_the_old_file_on_an_error(tmp_path: Path):
-    target = tmp_path / "file.json"
-    write_json(target, {"good": 1})
-    with pytest.raises(TypeError):
-        write_json(target, {"bad": object()})
-    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert json.loads(target.read_text()) == {"good": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
 HOLD = """
@@ -136,97 +110,29 @@ def test_a_new_holder_sweeps_what_a_killed_one_left_half_written(ws: Workspace):
     assert list(ws.renders.iterdir()) == []
 
 
-def finish(ws: Workspace, stage: str, outputs: Path) -> str:
-    fingerprint = ws.card.fingerprint("source") if stage == "download" else f"print of {stage}"
-    outputs.mkdir(parents=True, exist_ok=True)
-    ws.finish(stage, fingerprint, {"rows": 3})
-    return fingerprint
+@pytest.mark.parametrize("place", ["renders/default", "prior/checkpoints", "logs/state", "logs/embed", "reports"])
+def test_what_a_killed_one_left_is_swept_at_any_depth(ws: Workspace, place: str):
+    folder = ws.root / place
+    folder.mkdir(parents=True)
+    (folder / ".tmp-1-manifest.json").write_text("half")
+    (folder / "whole").write_text("whole")
+    with ws.lock("render"):
+        assert [path.name for path in folder.iterdir()] == ["whole"]
 
 
-def test_a_finished_stage_returns_its_summary(ws: Workspace):
-    fingerprint = finish(ws, "download", ws.images)
-    assert ws.completed("download", fingerprint) == {"rows": 3, "already_complete": True}
-    state = ws.state("download")
-    assert isinstance(state, StageState) and state.summary == {"rows": 3} and state.finished_at
-    assert ws.state("embed") is None
+def test_the_lock_is_never_opened_through_a_link(ws: Workspace, tmp_path: Path):
+    (tmp_path / "precious").write_text("text")
+    (ws.root / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(EclipseError, match="cannot lock the workspace"), ws.lock("train"):
+        pass
+    assert ws.holder() is None and (tmp_path / "precious").read_text() == "text"
 
 
-def test_a_changed_card_is_noticed_and_named(ws: Workspace):
-    finish(ws, "download", ws.images)
-    changed = edit(edit(ws, "rows: 16000", "rows: 9000"), "preset: tiny", "preset: small")
-    with pytest.raises(EclipseError, match=r"source\.rows: 16000 → 9000") as caught:
-        changed.completed("download", changed.card.fingerprint("source"))
-    assert "prior.preset" not in str(caught.value), "download does not depend on the prior"
-    assert "--overwrite" in str(caught.value)
-
-
-def test_a_stage_begun_under_another_card_is_not_continued(ws: Workspace):
-    ws.begin("download", ws.card.fingerprint("source"))
-    assert ws.completed("download", ws.card.fingerprint("source")) is None
-    changed = edit(ws, "rows: 16000", "rows: 9000")
-    with pytest.raises(EclipseError, match="download began with other settings"):
-        changed.completed("download", changed.card.fingerprint("source"))
-    changed.reset("download")
-    assert changed.completed("download", changed.card.fingerprint("source")) is None
-
-
-def test_redoing_a_stage_makes_the_later_ones_stale(ws: Workspace):
-    stages = {"download": ws.images, "embed": ws.embeddings, "train": ws.prior, "render": ws.renders}
-    for stage, outputs in stages.items():
-        finish(ws, stage, outputs)
-    finish(ws, "render", ws.renders)
-    assert ws.state("train") is not None
-    finish(ws, "embed", ws.embeddings)
-    assert [stage for stage in stages if ws.state(stage)] == ["download", "embed"]
-
-
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_stage_whose_output_is_damaged_is_not_complete(ws: Workspace, damage: str):
-    ws.embeddings.mkdir()
-    for number in range(3):
-        (ws.embeddings / f"part-0000{number}.parquet").write_bytes(b"rows" * 10)
-    fingerprint = finish(ws, "embed", ws.embeddings)
-    assert ws.completed("embed", fingerprint) is not None
-    ws.require_intact("embed")
-    part = ws.embeddings / "part-00001.parquet"
-    part.unlink() if damage == "gone" else part.write_bytes(b"rows")
-    assert ws.completed("embed", fingerprint) is None
-    with pytest.raises(EclipseError, match="no longer whole") as caught:
-        ws.require_intact("embed")
-    assert str(part) in str(caught.value) and "`eclipse embed`" in str(caught.value)
-
-
-def test_an_overwrite_that_fails_at_once_leaves_everything_as_it_was(ws: Workspace):
-    for stage, outputs in (("train", ws.prior), ("render", ws.renders)):
-        finish(ws, stage, outputs)
-    (ws.prior / "weights").write_text("old")
-    ws.begin("render", "of another card")
-    before = {path: path.read_bytes() for path in ws.root.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError), ws.redoing("train", ws.prior):
-        assert not ws.prior.exists() and ws.state("train") is None and ws.state("render") is None
-        ws.begin("train", "new")
-        ws.prior.mkdir()
-        raise UsageError("no such option")
-    assert {path: path.read_bytes() for path in ws.root.rglob("*") if path.is_file()} == before
-
-
-def test_an_overwrite_that_got_somewhere_keeps_what_is_new(ws: Workspace):
-    finish(ws, "train", ws.prior)
-    (ws.prior / "weights").write_text("old")
-    new = ws.prior / "checkpoint"
-    with pytest.raises(KeyboardInterrupt), ws.redoing("train", ws.prior, made=new.exists):
-        ws.begin("train", "new")
-        ws.prior.mkdir()
-        new.write_text("new")
-        raise KeyboardInterrupt
-    assert [path.name for path in ws.prior.iterdir()] == ["checkpoint"]
-    assert ws.state("train") is None and ws.begun("train") is not None
-    assert not list(ws.root.glob(".tmp-*"))
-
-
-def test_an_unreadable_state_is_named(ws: Workspace):
-    finish(ws, "download", ws.images)
-    (ws.logs / "state" / "download.json").write_text("{")
-    with pytest.raises(EclipseError, match="unreadable stage state") as caught:
-        ws.state("download")
-    assert "download.json" in str(caught.value)
+def test_a_look_at_the_holder_does_not_refuse_a_stage(ws: Workspace):
+    with ws.lock("embed"):
+        pass
+    with (ws.root / ".lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with ws.lock("train"):
+            assert "train" in str(ws.holder())

@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all: written beside, synced, renamed. Used by whatever writes to a workspace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"  # the holder of the workspace's lock may remove whatever is called so
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a directory to; synced and renamed to `path` when the block ends well.
+
+    On any error the half-written one is removed and an old `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    remove(temporary)
+    try:
+        yield temporary
+        for file in temporary.rglob("*") if temporary.is_dir() else ():
+            _sync(file)
+        _sync(temporary)
+        if path.is_dir() and temporary.is_dir():  # rename(2) refuses a directory that is not empty
+            old = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}")
+            path.rename(old)
+            temporary.rename(path)
+            remove(old)
+        else:
+            temporary.replace(path)
+    except BaseException:
+        remove(temporary)
+        raise
+    _sync(path.parent)  # the rename itself is only on disk once the directory is
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write `obj` as indented JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it points to) or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
