@@ -38,18 +38,24 @@ def build(
     wide_steps: int = 9_000,
     crowded_steps: int = 6_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda; of `rates`")] = "cpu",
-    processes: Annotated[int, typer.Option(help="that draw; of `rates`")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda; of `rates` and `further`")] = "cpu",
+    processes: Annotated[int, typer.Option(help="that draw; of `rates` and `further`")] = 2,
+    minutes: Annotated[float, typer.Option(help="all told; of `further`")] = 5.0,
     seconds: Annotated[float, typer.Option(help="that each kind of step is timed; of `rates`")] = 1.0,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
-    if step not in (*STEPS, "all", "rates"):
-        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates")
+    if step not in (*STEPS, "all", "rates", "further"):
+        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further")
     torch.set_num_threads(threads)
     if step == "rates":
         from .build_gpu import rates
 
         rates(device, processes, pictures, seconds, folder)
+        return
+    if step == "further":
+        from .build_further import further
+
+        further(device, processes, minutes, folder)
         return
     wanted = STEPS if step == "all" else (step,)
     if set(wanted) - {"pack", "card"}:

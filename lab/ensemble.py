@@ -57,9 +57,9 @@ class Pairs:
     picture: list[Tensor]
     filled: Tensor
 
-    def shares(self, batch_size: int) -> list[int]:
+    def shares(self, batch_size: int, counts: list[int] | None = None) -> list[int]:
         """Rows of each class in a batch, about proportional to the pairs there are; every class has one."""
-        counts = self.filled.tolist()
+        counts = counts or self.filled.tolist()
         rows = [max(1, round(batch_size * n / sum(counts))) if n else 0 for n in counts]
         rows[rows.index(max(rows))] += batch_size - sum(rows)
         return rows
@@ -169,7 +169,8 @@ class Training:
     """One ensemble in training. `step()` is captured once on a GPU and replayed; on a CPU it simply runs.
 
     orders: for each class (K, rows) int64, which pair comes next under each seed; None: drawn at random from all that
-    are there. The K batches of a step are drawn independently of each other.
+    are there. rows: of each class in a batch; None: in proportion to the pairs there are. The K batches of a step are
+    drawn independently of each other.
     """
 
     def __init__(
@@ -179,12 +180,13 @@ class Training:
         pairs: Pairs,
         orders: list[Tensor] | None = None,
         compiled: bool = False,
+        rows: list[int] | None = None,
     ) -> None:
         self.ensemble, self.settings, self.pairs, self.orders = ensemble, settings, pairs, orders
         flat = ensemble.flat
         self.device = flat.device
         self.moments = [torch.zeros_like(flat) for _ in range(2)]
-        self.rows = pairs.shares(settings.batch_size)
+        self.rows = rows or pairs.shares(settings.batch_size)
         self.number, self.rate = (torch.zeros((), device=self.device) for _ in range(2))
         self.losses = torch.zeros(2, len(flat), device=self.device)
         self._forward = torch.compile(forward, dynamic=False) if compiled else forward
@@ -300,6 +302,9 @@ def orders(
     out = []
     for c, n in enumerate(rows):
         device = pairs.lengths[c].device
+        if n == 0:
+            out.append(torch.zeros(len(seeds), 1, dtype=torch.int64, device=device))
+            continue
         usable = torch.arange(int(pairs.filled[c]), device=device) if keep is None else keep(c)
         each = []
         for seed in seeds:
@@ -310,5 +315,5 @@ def orders(
                     [usable[torch.randperm(len(usable), generator=generator, device=device)] for _ in range(epochs)]
                 )[: steps * n]
             )
-        out.append(torch.stack(each) if n else torch.zeros(len(seeds), 1, dtype=torch.int64, device=device))
+        out.append(torch.stack(each))
     return out

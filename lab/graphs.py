@@ -17,14 +17,15 @@ def captured(update: Callable[[], None], state: Callable[[], Sequence[Tensor]]) 
     if not torch.cuda.is_available() or not next(iter(state())).is_cuda:
         return update
     kept = {tensor: tensor.detach().clone() for tensor in state()}
-    side = torch.cuda.Stream()
+    # Nodes of a graph keep the priority of the stream they were captured on.
+    side = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):
             update()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         update()
     with torch.no_grad():
         for tensor in state():

@@ -8,9 +8,9 @@ training reads: its embedding, its latents, its captions' token ids.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
+from multiprocessing.pool import IMapIterator, Pool
 from typing import Literal
 
 import numpy as np
@@ -65,19 +65,23 @@ def captions_of(world: World, scene: Scene, index: int) -> list[str]:
 
 _WORLD: World
 _TOKENIZER: CaptionTokenizer
+_WITHOUT: Set[str]
 
 
-def workers(world: World, processes: int) -> Pool:
-    """Processes that draw and judge. Start them before anything runs on a GPU: they are forked, which is quick."""
-    global _WORLD, _TOKENIZER
-    _WORLD, _TOKENIZER = world, CaptionTokenizer(SimpleTokenizer(), _CONTEXT)
+def workers(world: World, processes: int, without: Set[str] = frozenset()) -> Pool:
+    """Processes that draw. Start them before anything runs on a GPU: they are forked, which is quick.
+
+    without: texts that no caption may be, such as the prompts of an evaluation.
+    """
+    global _WORLD, _TOKENIZER, _WITHOUT
+    _WORLD, _TOKENIZER, _WITHOUT = world, CaptionTokenizer(SimpleTokenizer(), _CONTEXT), without
     _ = world.held_out_pairs
     torch.set_num_threads(1)
     return multiprocessing.get_context("fork").Pool(processes)
 
 
-def stream(pool: Pool, orders: Sequence[Order]) -> Iterator[Drawn]:
-    """The blocks in their order."""
+def stream(pool: Pool, orders: Iterable[Order]) -> IMapIterator[Drawn]:
+    """The blocks in their order; its `next` takes a timeout."""
     return pool.imap(_draw, orders)
 
 
@@ -97,7 +101,10 @@ def _draw(order: Order) -> Drawn:
     pixels = draw(scenes)
     if order.kind == "any":
         return Drawn(order, pixels, crowded)
-    captions = [captions_of(_WORLD, scene, i) for i, scene in zip(indices, scenes, strict=True)]
+    captions = [
+        [caption for caption in captions_of(_WORLD, scene, i) if caption not in _WITHOUT]
+        for i, scene in zip(indices, scenes, strict=True)
+    ]
     tokens = _TOKENIZER([caption for some in captions for caption in some])
     counts = [len(some) for some in captions]
     ids = np.zeros((order.count, MOST_CAPTIONS, MOST_TOKENS), np.uint16)

@@ -38,6 +38,8 @@ POSITIONS = {
 _CORNERS = ("top left", "top right", "bottom left", "bottom right")
 _SPLIT_STREAM = {"train": 0, "any": 1, "unseen": 2}
 
+EVALUATION, VALIDATION = 13, 19  # streams of the seed for prompts
+
 Split = Literal["train", "any", "unseen"]
 Composition = tuple[str, str]
 
@@ -168,11 +170,16 @@ class World:
         """All that can be said: size, texture, color, shape and place of each object, and the background."""
         return full_caption(scene)
 
-    def prompts(self, category: str, n: int, split: Literal["seen", "unseen"] = "seen") -> list[Prompt]:
-        """`n` distinct prompts of one category; `unseen` ones name a held-out composition, `seen` ones none."""
+    def prompts(
+        self, category: str, n: int, split: Literal["seen", "unseen"] = "seen", stream: int = EVALUATION
+    ) -> list[Prompt]:
+        """`n` distinct prompts of one category; `unseen` ones name a held-out composition, `seen` ones none.
+
+        stream: of the seed; another one gives other prompts, of which some may be among these too.
+        """
         if category not in CATEGORIES:
             raise ValueError(f"unknown category {category!r}: one of {', '.join(CATEGORIES)}")
-        rng = np.random.default_rng([self.seed, 13, CATEGORIES.index(category), int(split == "unseen")])
+        rng = np.random.default_rng([self.seed, stream, CATEGORIES.index(category), int(split == "unseen")])
         found: dict[str, Prompt] = {}
         for _ in range(200 * n):
             if len(found) == n:
