@@ -59,7 +59,7 @@ class KandinskyDecoder:
             )
         quiet_diffusers()
         dtype = torch.float32 if device == "cpu" else torch.float16
-        pipe: Any = from_pretrained(KandinskyV22Pipeline, path)
+        pipe: Any = from_pretrained(KandinskyV22Pipeline, path, half=device != "cpu")
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device, dtype)
         pipe.unet.to(memory_format=torch.channels_last)

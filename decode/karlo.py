@@ -121,7 +121,8 @@ class KarloDecoder:
             "super_res_last": UNet2DModel,
         }
         models = {
-            name: from_pretrained(kind, path, subfolder=name).to(device, dtype).eval() for name, kind in kinds.items()
+            name: from_pretrained(kind, path, half=device != "cpu", subfolder=name).to(device, dtype).eval()
+            for name, kind in kinds.items()
         }
         schedulers = {
             name: from_pretrained(UnCLIPScheduler, path, subfolder=name)

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.core import hub
 from ..pipeline.core.errors import EclipseError
 
 
-def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+def from_pretrained(kind: Any, path: str, *, half: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained(path)`, safetensors only. Raises EclipseError that names the path and what to do.
 
-    What a pipeline consists of is written in a file that comes with it: it may name models of diffusers and of
-    transformers, and neither other libraries nor Python of its own.
+    half: the caller computes in float16, so that a repository's fp16 files, of half the size, are read where it has
+    them. They are read too where there are no others. What a pipeline consists of is written in a file that comes with
+    it: it may name models of diffusers and of transformers, and neither other libraries nor Python of its own.
     """
-    try:
-        if hasattr(kind, "download"):
-            _require_known_parts(kind, kind.load_config(path))
-        return kind.from_pretrained(path, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        local = Path(path).is_dir()
-        raise EclipseError(
-            f"the decoder's weights cannot be loaded: {reason[:300]}",
-            where=f"{path}/{options['subfolder']}" if "subfolder" in options else path,
-            hint=f"the directory must hold a diffusers {kind.__name__} in safetensors"
-            if local
-            else "name a local directory, or a hub id that this machine can reach (decoder.path in the card)",
-        ) from error
+    local = Path(path).is_dir()
+    place = contextlib.nullcontext() if local else hub.reaching(path, what="decoder", name_it="decoder.path")
+    with place:
+        try:
+            if hasattr(kind, "download"):
+                _require_known_parts(kind, kind.load_config(path))
+            if variant := _variant(path, options.get("subfolder", ""), half=half):
+                options["variant"] = variant
+            return kind.from_pretrained(path, use_safetensors=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EclipseError(
+                f"the decoder's weights cannot be loaded: {reason[:300]}",
+                where=f"{path}/{options['subfolder']}" if "subfolder" in options else path,
+                hint=f"the directory must hold a diffusers {kind.__name__} in safetensors"
+                if local
+                else "name a local directory, or another hub id (decoder.path in the card)",
+            ) from error
+
+
+def _variant(path: str, subfolder: str, *, half: bool) -> str | None:
+    """fp16 where those files are the ones to read."""
+    folder = Path(path)
+    names = (
+        [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
+        if folder.is_dir()
+        else hub.file_names(path)
+    )
+    parts = f"{subfolder}/" if subfolder else ""
+    weights = [name for name in names if name.endswith(".safetensors") and "/" in name and name.startswith(parts)]
+    whole = [name for name in weights if ".fp16." not in name]
+    return "fp16" if len(whole) < len(weights) and (half or not whole) else None
 
 
 def _require_known_parts(kind: Any, config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import hub
 from .card import CARD_NAME, Card, ShapesSource, card_names, resolve
 from .errors import EclipseError
 from .progress import Progress
@@ -139,12 +140,10 @@ def _encoder_weights(card: Card) -> dict[str, str]:
     if model.startswith("local-dir:"):
         return _encoder_directory(card, Path(resolve(model.removeprefix("local-dir:"))))
     name = f"{model} {tag or ''}".strip()
-    if model.startswith("hf-hub:"):
-        found = _in_hub_cache(model.removeprefix("hf-hub:"))
-    else:
-        import open_clip
+    from ..embed.clip import hub_repository
 
-        found = _in_hub_cache(open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/")) if tag else False
+    repository = hub_repository(model, tag)
+    found = repository is not None and hub.snapshot(repository) is not None
     return check(
         "ok" if found else "missing",
         "encoder",
@@ -170,7 +169,7 @@ def _decoder_weights(card: Card) -> dict[str, str]:
     if "{models}" in card.decoder.path or path.is_absolute():
         found = (path / "model_index.json").is_file()
         return check("ok" if found else "missing", "decoder", path, "" if found else _rebuild(card))
-    found = path.is_dir() or _in_hub_cache(card.decoder.path)
+    found = path.is_dir() or hub.snapshot(card.decoder.path) is not None
     return check(
         "ok" if found else "missing",
         "decoder",
@@ -182,13 +181,6 @@ def _decoder_weights(card: Card) -> dict[str, str]:
 def _rebuild(card: Card) -> str:
     shipped = "{models}" in card.encoder.model + card.decoder.path
     return "make it again: python -m eclipse.lab.build_models" if shipped else "correct the path in the card"
-
-
-def _in_hub_cache(repository: str) -> bool:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    snapshots = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
-    return bool(repository) and snapshots.is_dir() and any(snapshots.iterdir())
 
 
 def _state_cost(card: Card, root: Path) -> Iterator[dict[str, str]]:

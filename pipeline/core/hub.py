@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,31 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and ".." not in name
 
 
-def only_local(repo: str, *, what: str, name_it: str) -> bool:
-    """Whether a library must be told to look into the cache alone: the hub cannot be reached, but `repo` was fetched.
+@contextmanager
+def reaching(repo: str, *, what: str, name_it: str) -> Iterator[None]:
+    """Let a library load `repo` in this block: from the cache alone where the hub cannot be reached.
 
     what: what the repository holds, such as "decoder"; name_it: where another is named, such as `decoder.path`.
 
     Raises:
         EclipseError: it cannot be reached and nothing of `repo` is in the cache; names id, size and folder.
     """
-    problem = unreachable()
-    if problem is None:
-        return False
-    if in_cache(repo):
-        return True
     from huggingface_hub import constants
 
-    size = f"about {_size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
-    raise EclipseError(
-        f"the {what} {repo} is not on this machine, and the hub cannot be reached: {problem}",
-        where=f"it would be fetched once, {size}, into {constants.HF_HUB_CACHE}",
-        hint=f"run the same command with a network, or fetch it elsewhere and name its directory ({name_it})",
-    )
+    problem = unreachable()
+    if problem is not None and snapshot(repo) is None:
+        size = f"about {_size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
+        raise EclipseError(
+            f"the {what} {repo} is not on this machine, and the hub cannot be reached: {problem}",
+            where=f"it would be fetched once, {size}, into {constants.HF_HUB_CACHE}",
+            hint=f"run the same command with a network, or fetch it elsewhere and name its directory ({name_it})",
+        )
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or problem is not None  # the client looks here before every request
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def unreachable() -> str | None:
@@ -85,11 +90,6 @@ def _no_answer() -> str | None:
     return answer[0]
 
 
-def in_cache(repo: str) -> bool:
-    """Whether anything of `repo` has been fetched before."""
-    return snapshot(repo) is not None
-
-
 def snapshot(repo: str) -> Path | None:
     """The newest folder of `repo` in the cache, or None."""
     from huggingface_hub import constants
@@ -103,22 +103,30 @@ def fetch(repo: str, needed: Sequence[str], wanted: Sequence[str] = (), *, what:
     """The cache's folder with the `needed` files of `repo`, and those of the `wanted` ones that it has.
 
     Raises:
-        EclipseError: what `only_local` raises; there is no such repository, or a needed file is not in it.
+        EclipseError: what `reaching` raises; there is no such repository, or a needed file is not in it.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    offline = only_local(repo, what=what, name_it=name_it)
-    try:
-        paths = [hf_hub_download(repo, name, local_files_only=offline) for name in needed]
-        for name in wanted:
-            try:
-                hf_hub_download(repo, name, local_files_only=offline)
-            except EntryNotFoundError:  # not there, or, offline, never fetched
-                continue
-    except Exception as error:  # the client's own, the transport's, the disk's
-        raise explain(error, repo, what=what, name_it=name_it) from error
+    with reaching(repo, what=what, name_it=name_it):
+        try:
+            paths = [hf_hub_download(repo, name) for name in needed]
+            for name in wanted:
+                with suppress(EntryNotFoundError):  # not there, or, offline, never fetched
+                    hf_hub_download(repo, name)
+        except Exception as error:  # the client's own, the transport's, the disk's
+            raise explain(error, repo, what=what, name_it=name_it) from error
     return Path(paths[0]).parent
+
+
+def file_names(repo: str) -> list[str]:
+    """The files of `repo`, by path: as the hub lists them, or, where it cannot be reached, those in the cache."""
+    if unreachable() is None:
+        from huggingface_hub import HfApi
+
+        return HfApi().list_repo_files(repo)
+    folder = snapshot(repo)
+    return [] if folder is None else [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
 
 
 def explain(error: Exception, repo: str, *, what: str, name_it: str = "") -> EclipseError:
@@ -135,6 +143,12 @@ def explain(error: Exception, repo: str, *, what: str, name_it: str = "") -> Ecl
             f"the hub has no such {what}, or it is private",
             where=repo,
             hint=f"check the id, log in with `hf auth login`, or {other}",
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return EclipseError(
+            f"the hub cannot be reached, and of this {what} only a part is in the cache",
+            where=repo,
+            hint=f"run the same command with a network, or {other}",
         )
     if isinstance(error, errors.EntryNotFoundError):
         missing = re.search(r"/resolve/[^/]+/(\S+?)[.'\"]*(\s|$)", str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from ..cache.packed_text import TextFeatures
+from ..core import hub
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
 from ..images.tar import require_regular
@@ -87,21 +89,24 @@ class Encoder:
         model, pretrained = resolve(model), resolve(pretrained) if pretrained else None
         model, pretrained = PRESETS.get(model, (model, pretrained))
         named = model.startswith(("hf-hub:", "local-dir:"))
-        if named:
-            _check_config_of(model)
-        else:
+        if not named:
             _check_name(model, pretrained)
         try:
-            loaded = open_clip.create_model(
-                model,
-                pretrained=pretrained,
-                force_quick_gelu=wants_quick_gelu(model, pretrained),
-                require_pretrained=True,
-                pretrained_image=False,
-            )
+            with _source_of(model, pretrained):
+                if named:
+                    _check_config_of(model)
+                loaded = open_clip.create_model(
+                    model,
+                    pretrained=pretrained,
+                    force_quick_gelu=wants_quick_gelu(model, pretrained),
+                    require_pretrained=True,
+                    pretrained_image=False,
+                )
             # Of what is not open_clip's own the config was checked to want CLIP's tokenizer: asking open_clip for it
             # would read the file again, which may be another one by then.
             tokenizer = SimpleTokenizer() if named else open_clip.get_tokenizer(model)
+        except EclipseError:
+            raise
         except Exception as error:  # open_clip raises whatever its many sources raise
             raise EclipseError(
                 f"cannot load the encoder: {error}",
@@ -188,6 +193,20 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
     return digest.hexdigest()
+
+
+def _source_of(model: str, pretrained: str | None) -> AbstractContextManager[None]:
+    """Where these weights come from, for the time that they are loaded: the hub may be out of reach."""
+    repo = hub_repository(model, pretrained)
+    return hub.reaching(repo, what="encoder", name_it="encoder.model: local-dir:PATH") if repo else nullcontext()
+
+
+def hub_repository(model: str, pretrained: str | None) -> str | None:
+    """The hub's repository that these weights come from; None where they come from this machine or another server."""
+    if model.startswith("hf-hub:"):
+        return model.removeprefix("hf-hub:").partition("@")[0]
+    tag = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else None
+    return (tag or {}).get("hf_hub", "").strip("/") or None
 
 
 def wants_quick_gelu(model: str, pretrained: str | None) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from eclipse.decode.decoder import Unconditional, load_decoder
 from eclipse.decode.kandinsky import NEGATIVE_FILE
+from eclipse.decode.weights import _variant
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from safetensors.torch import save_file
 from tiny_decoders import save_tiny_kandinsky
@@ -37,6 +38,24 @@ def decode(path: Path, embedding: torch.Tensor, seeds: list[int], *, guidance_sc
     decoder = load_decoder("kandinsky22", str(path), unconditional=Unconditional(NEGATIVE), image_size=64, **options)  # type: ignore[arg-type]
     pictures = decoder.decode(embedding, seeds=seeds, steps=3, guidance_scale=guidance_scale)
     return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+def test_fp16_files_are_read_where_there_are_no_others(path: Path, embedding: torch.Tensor, tmp_path: Path) -> None:
+    from diffusers import KandinskyV22Pipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    pipe = KandinskyV22Pipeline.from_pretrained(path).to(torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list(tmp_path.rglob("*model.safetensors"))
+    difference = np.abs(decode(tmp_path / "half", embedding, SEEDS) - decode(path, embedding, SEEDS))
+    assert difference.mean() < 2
+    pipe.save_pretrained(tmp_path / "both", variant="fp16")
+    pipe.save_pretrained(tmp_path / "both")
+    assert (
+        _variant(str(tmp_path / "both"), "", half=True)
+        == _variant(str(tmp_path / "half"), "unet", half=False)
+        == "fp16"
+    )
+    assert _variant(str(tmp_path / "both"), "", half=False) is _variant(str(path), "", half=True) is None
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -46,8 +46,8 @@ def test_a_card_says_what_is_missing_and_what_to_do(elsewhere: Path):
     assert "eclipse embed" in card["encoder"]["to_do"] and "eclipse render" in card["decoder"]["to_do"]
     assert card["text states"]["found"] == "307 GB to 512 GB for 10,000,000 rows"
     (elsewhere / "cc12m.tsv").touch()
-    (elsewhere / "hub/models--laion--CLIP-ViT-bigG-14-laion2B-39B-b160k/snapshots/1").mkdir(parents=True)
-    (elsewhere / "hub/models--kandinsky-community--kandinsky-2-2-decoder/snapshots/1").mkdir(parents=True)
+    (elsewhere / "hub/models--laion--CLIP-ViT-bigG-14-laion2B-39B-b160k/snapshots/1/file").mkdir(parents=True)
+    (elsewhere / "hub/models--kandinsky-community--kandinsky-2-2-decoder/snapshots/1/file").mkdir(parents=True)
     card = found(look("cc12m"), "card cc12m")
     assert {card[name]["state"] for name in ("URL list", "encoder", "decoder")} == {"ok"}
 
