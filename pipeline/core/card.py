@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from .errors import UsageError
@@ -143,23 +143,67 @@ class EncoderSection(Section):
     safety: str | None = Field(None, description="the same for a safety score, the higher the less safe; PATH or URL")
 
 
+FILTER_PRESETS: dict[str, dict[str, Any]] = {
+    # DataComp's (arXiv 2304.14108, appendix). basic: English, more than two words and five characters, shorter side
+    # above 200 px, aspect ratio below 3. clip: the 30 % with the highest CLIP score. image_clip: the same among the
+    # rows whose cluster is nearest to a picture of `targets` (there ImageNet's training pictures).
+    "datacomp_basic": {
+        "min_side": 201,
+        "max_aspect_ratio": 3.0,
+        "min_caption_length": 6,
+        "min_caption_words": 3,
+        "languages": ["en"],
+    },
+    "datacomp_clip": {"min_clip_score_quantile": 0.7},
+    "datacomp_image_clip": {"min_clip_score_quantile": 0.7},
+}
+
+
 class FilterSection(Section):
     """Rules that decide which embedded rows are trained on, applied in this order; null switches a rule off."""
 
     decides = ("filter",)
 
+    preset: Literal["datacomp_basic", "datacomp_clip", "datacomp_image_clip"] | None = Field(
+        None, description="DataComp's rules for what this section leaves out; what it names itself stands"
+    )
     min_side: int | None = Field(None, ge=1, le=MANY, description="least width and height in pixels, as stored")
     max_aspect_ratio: float | None = Field(None, ge=1, description="largest ratio of the longer to the shorter side")
     min_caption_length: int | None = Field(None, ge=1, le=MANY, description="fewest characters of a caption")
     max_caption_length: int | None = Field(None, ge=1, le=MANY, description="most characters of a caption")
+    min_caption_words: int | None = Field(None, ge=1, le=MANY, description="fewest words of a caption")
+    max_caption_words: int | None = Field(None, ge=1, le=MANY, description="most words of a caption")
+    min_caption_tokens: int | None = Field(
+        None, ge=2, le=MANY, description="fewest tokens of a caption, start and end included"
+    )
+    max_caption_tokens: int | None = Field(None, ge=2, le=MANY, description="most tokens of a caption")
+    drop_captions: list[str] | None = Field(
+        None, description="regular expressions (RE2): captions with a match for one are dropped"
+    )
+    drop_urls: list[str] | None = Field(None, description="the same for URLs")
+    languages: list[str] | None = Field(
+        None, description="codes of the languages that captions may be in, such as en; needs the extra `language`"
+    )
+    keep_where: str | None = Field(
+        None, description="condition in SQL over a part's columns, such as width >= 200 AND caption NOT LIKE '%http%'"
+    )
     min_aesthetic_score: float | None = Field(None, description="least aesthetic score, where the encoder has a head")
     max_safety_score: float | None = Field(None, description="largest safety score, where the card names a head")
     min_clip_score: float | None = Field(None, ge=-1, le=1, description="least cosine of picture and caption")
     min_clip_score_quantile: float | None = Field(
         None, ge=0, lt=1, description="share of the remaining rows with the lowest picture–caption cosine to drop"
     )
+    targets: list[str] | None = Field(
+        None, description="parts or folders of pictures: only clusters of pictures nearest to one of these are kept"
+    )
     wrong_caption: float | None = Field(
         None, gt=0, le=1, description="drop captions that belong elsewhere with at least this probability"
+    )
+    evaluation_sets: list[str] | None = Field(
+        None, description="parts, folders of pictures, or lists of captions and URLs that must not be trained on"
+    )
+    max_caption_uses: int | None = Field(
+        None, ge=1, le=MANY, description="pictures that may have the same caption; further ones are dropped"
     )
     exact_copies: Literal["image", "pair"] | None = Field(
         "image", description="image: same bytes at another URL are copies; pair: only if the caption is the same too"
@@ -172,7 +216,29 @@ class FilterSection(Section):
     semantic_cosine: float | None = Field(
         None, gt=0, le=1, description="least image-embedding cosine of pictures that show the same; published: 0.95"
     )
+    semantic_keep: float | None = Field(
+        None, gt=0, lt=1, description="share of the pictures that semantic duplicates leave; finds semantic_cosine"
+    )
     keep: Literal["first", "best"] = Field("first", description="which copy stays: first row, or best clip_score")
+    largest_drop: Annotated[float | None, NOTHING] = Field(
+        None, gt=0, le=1, description="share of the rows from which a rule is stopped as implausible; null: 0.75"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """What a preset says of the keys that are not there."""
+        if isinstance(data, dict) and isinstance(name := data.get("preset"), str):
+            return {**FILTER_PRESETS.get(name, {}), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> FilterSection:
+        if self.semantic_cosine is not None and self.semantic_keep is not None:
+            raise ValueError("semantic_cosine and semantic_keep: name one, the other follows from it")
+        if self.preset == "datacomp_image_clip" and not self.targets:
+            raise ValueError("the preset datacomp_image_clip needs targets: parts or a folder of ImageNet's pictures")
+        return self
 
 
 class PriorSection(Section):

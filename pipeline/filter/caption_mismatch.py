@@ -1,4 +1,4 @@
-"""Which captions do not belong to their picture: evidence from the data's own CLIP vectors; called by pipeline.rules.
+"""Which captions do not belong to their picture: evidence from the data's own CLIP vectors; called by evidence.py.
 
 An absolute CLIP score says little: a vague caption scores low with its own picture, a striking picture scores high with
 any caption. So each pair is measured against what the same caption scores with other pictures:
@@ -30,11 +30,15 @@ CHUNK = 65_536
 
 @dataclass(frozen=True)
 class Evidence:
-    """For each pair: z (n,) float32 and the probability that its caption is wrong (n,) float32; π over all pairs."""
+    """For each pair: z (n,) float32 and the probability that its caption is wrong (n,) float32; π over all pairs.
+
+    separation: how often a real pair has a higher z than a caption dealt at random. 0.5 is an encoder at chance.
+    """
 
     z: np.ndarray
     wrong: np.ndarray
     wrong_share: float
+    separation: float
 
 
 Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions → unit text, unit image, both (n, D) float32
@@ -54,7 +58,9 @@ def wrong_captions(size: int, read: Reader, group: np.ndarray, progress: Progres
             shuffled[rows] = np.einsum("nd,nd->n", text, read(other[rows])[1] - centre[1]) / spread
             task.advance(len(rows))
     share = _wrong_share(real, shuffled)
-    return Evidence(real, np.minimum(share * _density_ratio(real, shuffled), 1).astype(np.float32), share)
+    wrong = np.minimum(share * _density_ratio(real, shuffled), 1).astype(np.float32)
+    below = np.searchsorted(np.sort(shuffled), real)
+    return Evidence(real, wrong, share, float(below.mean() / max(size, 1)) if size else 0.5)
 
 
 def _deal(group: np.ndarray) -> np.ndarray:

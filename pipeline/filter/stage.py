@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cache.part import HEAD_SCORES
 from ..core.errors import EclipseError
@@ -17,58 +16,132 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..cache.store import Store
+    from .evidence import Evidence
+    from .rules import Finding
 
 SCORES = ("clip_score", *HEAD_SCORES, "wrong_probability", "caption_z", "copy_similarity")
+LARGEST_DROP = 0.75  # share of the rows it sees from which a rule is stopped, unless the card says otherwise
+SHOWN = 12  # pairs that were nearly copies, on the report
+FEWEST_ROWS = 20  # below, any share is plausible
 
 
-def filter_cache(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> dict:
+def filter_cache(
+    ws: Workspace, progress: Progress, *, overwrite: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
     """Judge every embedded row by the card's rules → summary with counts per reason.
 
-    selection.parquet holds one row for each embedded row, in (part, row) order: part, row, uid, keep, reason (null
-    where kept), duplicate_of {part, row} (null unless a copy; always a kept row), and SCORES (null where not computed).
-    Raises EclipseError if `embed` is not done, or if the filter was run with other settings and not told to overwrite.
+    selection.parquet holds one row for each embedded row, in (part, row) order: part, row, uid, url, caption, keep,
+    reason (null where kept), score and threshold (the number that the rule judged the row by and what it was compared
+    with, where there is one), duplicate_of {part, row} (null unless a copy; always a kept row), and SCORES (null where
+    not computed).
+
+    dry_run: writes nothing but what filtering again would find anyway (see evidence.py), and says what each rule would
+    drop alone and in sequence. Raises EclipseError if `embed` is not done, if the filter was run with other settings
+    and not told to overwrite, or if a rule would drop a share of the rows that is implausible.
     """
     with ws.stage("filter", overwrite=overwrite) as run:
-        if run.complete:
+        if run.complete and not dry_run:
             return run.summary
         if ws.stage("embed").finished is None:
             raise EclipseError("nothing to filter yet", where=str(ws.embeddings), hint="run `eclipse embed` first")
+        from ..cache.store import Store
+        from .evidence import Evidence
+
+        evidence = Evidence(Store.open(ws.embeddings), shards_of(ws), ws.logs / "filter", progress)
+        if dry_run:
+            return _dry_run(evidence, ws)
         run.begin()
         import pyarrow.parquet as pq
 
-        from ..cache.store import Store
-        from ..report import stages as report
+        from ..report.filter_page import filter_page
 
-        store = Store.open(ws.embeddings)
-        table, notes = _judge(store, ws, progress)
+        table, funnel, about = _judge(evidence, ws)
         with atomic_path(ws.selection) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-        summary = {**_summary(table, notes), "selection": str(ws.selection)}
-        run.finish(summary, report=report.filter_page(ws, store, table, summary, progress))
+        rejected = {name: step["rejected"] for name, step in funnel.items() if step["rejected"]}
+        summary = {
+            "rows": len(table),
+            "kept": len(table) - sum(rejected.values()),
+            "rejected": dict(sorted(rejected.items(), key=lambda item: -item[1])),
+            **about,
+            "selection": str(ws.selection),
+        }
+        close = [] if ws.card.filter.near_copy_cosine is None else evidence.near_misses(SHOWN)
+        run.finish(summary, report=filter_page(ws, evidence.store, table, summary, funnel, close, progress))
     return run.summary
 
 
-def _judge(store: Store, ws: Workspace, progress: Progress) -> tuple[pa.Table, dict[str, float]]:
-    """Apply the rules and lay their findings out as the selection table."""
+def _judge(evidence: Evidence, ws: Workspace) -> tuple[pa.Table, dict[str, dict[str, Any]], dict[str, Any]]:
+    """Apply the rules → the selection table; seen, rejected and threshold by rule; what the summary says besides."""
     import numpy as np
 
     from . import rules
 
-    reason = np.full(len(store), None, dtype=object)
-    duplicate_of = np.full(len(store), -1, np.int64)
-    scores = {name: np.full(len(store), np.nan, np.float32) for name in SCORES}
+    store, progress = evidence.store, evidence.progress
+    size = len(store)
+    names = [rule.__name__ for rule in rules.RULES]
+    reason = np.full(size, -1, np.int8)
+    duplicate_of = np.full(size, -1, np.int64)
+    scores = {name: np.full(size, np.nan, np.float32) for name in ("score", "threshold", *SCORES)}
     for name in ("clip_score", *store.meta.head_scores):
         scores[name] = np.array(store.column(name).to_numpy(), np.float32)
-    notes: dict[str, float] = {}
-    for name, finding in rules.apply(store, shards_of(ws), ws.card.filter, progress):
-        reason[finding.rejected] = name
+    funnel: dict[str, dict[str, Any]] = {}
+    about: dict[str, Any] = {}
+    for name, seen, finding in rules.apply(evidence, ws.card.filter, ws.card.encoder, ws.root):
+        _require_plausible(name, seen, finding, ws)
+        reason[finding.rejected] = names.index(name)
         if finding.duplicate_of is not None:
             duplicate_of[finding.rejected] = finding.duplicate_of
         for score, (rows, values) in finding.scores.items():
             scores[score][rows] = values
-        notes |= finding.notes
-        progress.say(f"{name.replace('_', ' ')}: {len(finding.rejected):,} rows rejected")
-    return _table(store, reason, _settle(duplicate_of), scores), notes
+        if finding.decided_by is not None:
+            scores["score"][finding.rejected] = finding.decided_by
+        if finding.threshold is not None:
+            scores["threshold"][finding.rejected] = finding.threshold
+        funnel[name] = {"seen": seen, "rejected": len(finding.rejected), "threshold": finding.threshold}
+        about |= finding.notes
+        if finding.warning:
+            about["warnings"] = [*about.get("warnings", []), finding.warning]
+            progress.say(f"warning: {finding.warning}")
+        progress.say(f"{name.replace('_', ' ')}: {len(finding.rejected):,} of {seen:,} rows rejected")
+    return _table(store, names, reason, _settle(duplicate_of), scores), funnel, about
+
+
+def _require_plausible(name: str, seen: int, finding: Finding, ws: Workspace) -> None:
+    """A threshold that leaves next to nothing is a mistake far more often than a wish."""
+    most = ws.card.filter.largest_drop or LARGEST_DROP
+    if seen < FEWEST_ROWS or finding.stated or len(finding.rejected) <= most * seen:
+        return
+    limit = "" if finding.threshold is None else f" (threshold {finding.threshold:g})"
+    raise EclipseError(
+        f"{name}{limit} would drop {len(finding.rejected):,} of {seen:,} rows, more than is plausible ({most:.0%})",
+        where=f"{ws.card_path}: filter",
+        hint="see `eclipse filter --dry-run`; change the rule, or raise filter.largest_drop if this is meant",
+    )
+
+
+def _dry_run(evidence: Evidence, ws: Workspace) -> dict[str, Any]:
+    """What each rule would drop: of all sound rows by itself, and of what the rules before it leave."""
+    from . import rules
+
+    store = evidence.store
+    counts: dict[str, dict[str, Any]] = {}
+    warnings: list[str] = []
+    for alone in (True, False):
+        for name, seen, finding in rules.apply(evidence, ws.card.filter, ws.card.encoder, ws.root, alone=alone):
+            dropped = len(finding.rejected)
+            row = counts.setdefault(name, {})
+            row["alone" if alone else "in_sequence"] = dropped
+            if not alone:
+                row["left"] = seen - dropped
+                row["threshold"] = finding.threshold
+                warnings += [finding.warning] if finding.warning else []
+            elif seen >= FEWEST_ROWS and not finding.stated:
+                most = ws.card.filter.largest_drop or LARGEST_DROP
+                if dropped > most * seen:
+                    warnings.append(f"{name} would be stopped: it drops {dropped:,} of {seen:,} rows by itself")
+    kept = len(store) - sum(row["in_sequence"] for row in counts.values())
+    return {"dry_run": True, "rows": len(store), "kept": kept, "rules": counts, "warnings": warnings}
 
 
 def _settle(duplicate_of: np.ndarray) -> np.ndarray:
@@ -82,7 +155,9 @@ def _settle(duplicate_of: np.ndarray) -> np.ndarray:
         duplicate_of = np.where(further >= 0, further, duplicate_of)
 
 
-def _table(store: Store, reason: np.ndarray, duplicate_of: np.ndarray, scores: dict[str, np.ndarray]) -> pa.Table:
+def _table(
+    store: Store, names: list[str], reason: np.ndarray, duplicate_of: np.ndarray, scores: dict[str, np.ndarray]
+) -> pa.Table:
     import numpy as np
     import pyarrow as pa
 
@@ -93,8 +168,10 @@ def _table(store: Store, reason: np.ndarray, duplicate_of: np.ndarray, scores: d
         "part": pa.array(part, pa.int32()),
         "row": pa.array(row, pa.int32()),
         "uid": store.column("uid"),
-        "keep": pa.array([why is None for why in reason], pa.bool_()),
-        "reason": pa.array(reason, pa.string()).dictionary_encode(),
+        "url": store.column("url"),
+        "caption": store.column("caption"),
+        "keep": pa.array(reason < 0),
+        "reason": pa.DictionaryArray.from_arrays(pa.array(reason, pa.int8(), mask=reason < 0), pa.array(names)),
         "duplicate_of": pa.StructArray.from_arrays(
             [pa.array(of_part, pa.int32()), pa.array(of_row, pa.int32())], ["part", "row"], mask=pa.array(~copy)
         ),
@@ -102,14 +179,3 @@ def _table(store: Store, reason: np.ndarray, duplicate_of: np.ndarray, scores: d
     for name, values in scores.items():
         columns[name] = pa.array(values, pa.float32(), from_pandas=True)  # NaN means not computed: null
     return pa.table(columns)
-
-
-def _summary(table: pa.Table, notes: dict[str, float]) -> dict:
-    reasons = Counter(reason for reason in table["reason"].to_pylist() if reason is not None)
-    kept = len(table) - sum(reasons.values())
-    return {
-        "rows": len(table),
-        "kept": kept,
-        "rejected": dict(reasons.most_common()),
-        **notes,
-    }

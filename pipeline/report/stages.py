@@ -1,4 +1,4 @@
-"""What people look at: one self-contained HTML page for download, embed and filter; called by those stages."""
+"""What people look at: one self-contained HTML page for download and for embed; called by those stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.progress import Progress
 from ..core.workspace import Workspace
 from ..images.shards import picture_files, shards_of
 from . import charts
@@ -28,20 +27,6 @@ SCORE_NOTES = {
     "aesthetic_score": ("Aesthetic score", "of the picture, by the card's head"),
     "safety_score": ("Safety score", "of the picture, by the card's head; the higher the less safe"),
 }
-REASONS = {
-    "small_picture": "picture too small",
-    "aspect_ratio": "picture too long or too wide",
-    "caption_length": "caption too short or too long",
-    "low_aesthetic_score": "low aesthetic score",
-    "high_safety_score": "high safety score",
-    "low_clip_score": "low CLIP score",
-    "wrong_caption": "caption of another picture",
-    "exact_copy": "exact copy",
-    "near_copy": "near copy",
-    "semantic_duplicate": "semantic duplicate",
-}
-
-COPIES = {"exact_copy": "Exact copies", "near_copy": "Near copies", "semantic_duplicate": "Semantic duplicates"}
 
 
 class Shots:
@@ -271,102 +256,3 @@ def _geometry(store: Store, rows: np.ndarray) -> tuple[float, float]:
     image, text = unit(store.image_embeddings(rows)), unit(store.text_embeddings(rows))
     found = np.argmax(text @ image.T, axis=1) == np.arange(len(rows))
     return float(found.mean()), float(np.linalg.norm(image.mean(0) - text.mean(0)))
-
-
-# --- filter
-
-
-def filter_page(ws: Workspace, store: Store, table: pa.Table, summary: dict[str, Any], progress: Progress) -> Path:
-    """reports/filter.html: counts by reason, scores of kept and rejected rows, copies beside what they copy."""
-    with progress.task("drawing the report", 1, "page") as task:
-        view = _Selection(store, table)
-        path = pages.write_page(
-            ws.reports / "filter.html",
-            "filter.html.j2",
-            title="What was kept, and why",
-            lead=f"{summary['kept']:,} of {summary['rows']:,} rows go into training.",
-            footer=_footer(ws),
-            links=pages.stage_links("Filter"),
-            tiles=[
-                tile(summary["kept"], "rows kept", "good"),
-                tile(sum(summary["rejected"].values()), "rows rejected"),
-                *(tile(n, REASONS[name]) for name, n in summary["rejected"].items()),
-            ],
-            rejected=shares({REASONS[k]: n for k, n in summary["rejected"].items()}, summary["rows"]),
-            charts=view.charts(ws.card.filter),
-            **view.sections(ws),
-        )
-        task.advance()
-    return path
-
-
-class _Selection:
-    """The columns of a selection table that the page draws, by global row."""
-
-    def __init__(self, store: Store, table: pa.Table) -> None:
-        self.store = store
-        self.reason = np.asarray(table["reason"].to_pylist(), dtype=object)
-        self.kept = table["keep"].to_numpy()
-        for name in ("clip_score", "wrong_probability", "copy_similarity"):
-            setattr(self, name, np.asarray(table[name].to_numpy(), np.float32))
-        of = table["duplicate_of"].combine_chunks()
-        part, row = (np.asarray(of.field(name).fill_null(0)) for name in ("part", "row"))
-        self.duplicate_of = np.where(np.asarray(of.is_valid()), store.rows_of(part, row), -1)
-
-    clip_score: np.ndarray
-    wrong_probability: np.ndarray
-    copy_similarity: np.ndarray
-
-    def rejected(self, reason: str) -> np.ndarray:
-        return np.flatnonzero(self.reason == reason)
-
-    def charts(self, options: Any) -> list[dict[str, str]]:
-        """CLIP scores always; the probability of a wrong caption and the likeness of copies if those rules ran."""
-        score = {"kept": self.clip_score[self.kept], "rejected": self.clip_score[~self.kept]}
-        drawn = [chart("CLIP score", "cosine of picture and caption", charts.histogram(score, label="cosine"))]
-        if np.isfinite(self.wrong_probability).any():
-            wrong = self.reason == "wrong_caption"
-            split = {"kept": self.wrong_probability[~wrong], "rejected": self.wrong_probability[wrong]}
-            svg = charts.histogram(split, label="probability", marks={"limit": options.wrong_caption}, log=True)
-            drawn.append(chart("Caption of another picture", "probability, against captions dealt at random", svg))
-        near = self.copy_similarity[self.rejected("near_copy")]
-        if len(near):
-            svg = charts.histogram({"copies": near}, label="cosine")
-            drawn.append(chart("Near copies", "cosine to the picture that stays", svg))
-        return drawn
-
-    def sections(self, ws: Workspace) -> dict[str, Any]:
-        """The contact sheets: groups of copies, rejected captions, the closest calls, rows kept."""
-        copies = {name: self._groups(name) for name in COPIES}
-        wrong = _some(self.rejected("wrong_caption"))
-        low = _some(self.rejected("low_clip_score"))
-        doubtful = np.flatnonzero(self.kept & np.isfinite(self.wrong_probability))
-        doubtful = doubtful[np.argsort(-self.wrong_probability[doubtful], kind="stable")[:12]]
-        kept = _some(np.flatnonzero(self.kept))
-        rows = [row for groups in copies.values() for group in groups for row in group]
-        shots = Shots(ws, self.store, [*rows, *wrong, *low, *doubtful, *kept])
-
-        def judged(some: np.ndarray, tone: str) -> list[dict[str, Any]]:
-            return [shots(r, f"P(wrong) {self.wrong_probability[r]:.2f}", tone, [self._score(r)]) for r in some]
-
-        return {
-            "copies": [(COPIES[k], [self._group(shots, g) for g in groups]) for k, groups in copies.items() if groups],
-            "wrong": judged(wrong, "bad"),
-            "doubtful": judged(doubtful, ""),
-            "low": [shots(row, self._score(row), "bad") for row in low],
-            "kept": [shots(row, lines=[self._score(row)]) for row in kept],
-        }
-
-    def _score(self, row: int) -> str:
-        return f"CLIP score {self.clip_score[row]:.3f}"
-
-    def _groups(self, reason: str) -> list[list[int]]:
-        """Some keepers, each followed by up to two rows that were rejected as its copies."""
-        copies = self.rejected(reason)
-        some = _some(np.unique(self.duplicate_of[copies]), SHOWN // 2)
-        return [[int(k), *copies[self.duplicate_of[copies] == k][:2].tolist()] for k in some]
-
-    def _group(self, shots: Shots, group: list[int]) -> list[dict[str, Any]]:
-        keeper, *copies = group
-        stays = shots(keeper, "stays", "good") if self.kept[keeper] else shots(keeper, "rejected")
-        return [stays, *(shots(r, f"copy {self.copy_similarity[r]:.3f}", "bad") for r in copies)]

@@ -1,4 +1,4 @@
-"""Copies: exact by bytes and address, near by embedding and thumbnail; the faiss path against comparing every pair."""
+"""Who copies whom: exact by bytes and address, near by components without drift, semantic without chains."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from eclipse.pipeline.core.progress import Progress
-from eclipse.pipeline.filter import dedup
+from eclipse.pipeline.filter import dedup, neighbours
+from eclipse.pipeline.filter.neighbours import Pairs, Vectors, find_pairs
 
 QUIET = Progress(quiet=True)
 
 
-def vectors(embedding: np.ndarray, thumbnail: np.ndarray) -> dedup.Vectors:
-    looks = dedup.Looks.of(embedding, thumbnail)
-    return dedup.Vectors(len(embedding), lambda rows: looks[rows])
-
-
-def crowd(sizes: list[int], seed: int = 0) -> tuple[dedup.Vectors, np.ndarray]:
+def crowd(sizes: list[int], seed: int = 0) -> tuple[Vectors, np.ndarray]:
     """Groups of near copies of these sizes, shuffled → vectors and the group of each item."""
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    embedding = rng.normal(size=(len(sizes), 48))[group] + 0.02 * rng.normal(size=(len(group), 48))
-    thumbnail = rng.integers(0, 256, (len(sizes), 256))[group] + rng.normal(0, 2, (len(group), 256))
-    return vectors(embedding, thumbnail), group
+    embedding = (rng.normal(size=(len(sizes), 48))[group] + 0.02 * rng.normal(size=(len(group), 48))).astype(np.float32)
+    grey = rng.integers(0, 256, (len(sizes), 256))[group] + rng.normal(0, 2, (len(group), 256))
+    levels = np.clip(grey, 0, 255).astype(np.uint8)
+    return Vectors(len(group), embedding.__getitem__, levels.__getitem__), group
+
+
+def near(vectors: Vectors, rank: np.ndarray, cosine: float, concordance: float, confirm=None) -> np.ndarray:
+    """The keepers that the rule near_copy finds."""
+    pairs = find_pairs(vectors, cosine, concordance, QUIET, rank=rank)
+
+    def similar(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        cosines, agree = vectors.compare(i, j)
+        return (cosines >= cosine - dedup.DRIFT) & (agree >= concordance - dedup.DRIFT)
+
+    return dedup.near_keepers(pairs, rank, similar, None if confirm is None else lambda which: confirm(pairs, which))
 
 
 def first_of_each(group: np.ndarray) -> np.ndarray:
@@ -55,71 +63,78 @@ def test_rank_decides_who_stays() -> None:
     assert keeper.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("limit", [10**9, 0], ids=["every pair", "faiss"])
+@pytest.mark.parametrize("limit", [10**9, 0], ids=["every pair", "lists"])
 def test_near_copies_keep_one_of_each_group(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(dedup, "EXACT_LIMIT", limit)
-    monkeypatch.setattr(dedup, "BLOCK", 300)
-    items, group = crowd([1] * 900 + [2] * 150 + [5] * 20)
-    rank = np.arange(items.size)
-    keeper, similarity = dedup.near_keepers(items, rank, cosine=0.95, concordance=0.95, progress=QUIET)
-    assert keeper.tolist() == first_of_each(group).tolist()
-    assert np.isnan(similarity[keeper == rank]).all() and (similarity[keeper != rank] > 0.95).all()
+    monkeypatch.setitem(neighbours.EXACT_LIMIT, "cpu", limit)
+    monkeypatch.setitem(neighbours.BLOCK, "cpu", 300)
+    items, group = crowd([1] * 900 + [2] * 150 + [5] * 20 + [90])
+    assert near(items, np.arange(items.size), 0.95, 0.95).tolist() == first_of_each(group).tolist()
 
 
-def test_faiss_finds_groups_larger_than_its_lists_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dedup, "EXACT_LIMIT", 0)
-    monkeypatch.setattr(dedup, "FIRST_K", 4)
-    monkeypatch.setattr(dedup, "LAST_K", 12)
-    items, group = crowd([1] * 400 + [8] * 5 + [60])
-    keeper, _ = dedup.near_keepers(items, np.arange(items.size), cosine=0.95, concordance=0.95, progress=QUIET)
-    assert keeper.tolist() == first_of_each(group).tolist()
-
-
-def test_embedding_and_thumbnail_must_both_agree() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 32))
-    s, t = rng.integers(0, 256, (2, 256))
-    keeper, _ = dedup.near_keepers(
-        vectors(np.stack([a, a, b]), np.stack([s, t, s])), np.arange(3), cosine=0.9, concordance=0.9, progress=QUIET
-    )
-    assert keeper.tolist() == [0, 1, 2]
-
-
-def test_flat_thumbnails_confirm_nothing() -> None:
-    same = np.ones((2, 32))
-    keeper, _ = dedup.near_keepers(
-        vectors(same, np.full((2, 256), 9)), np.arange(2), cosine=0.9, concordance=0.5, progress=QUIET
-    )
-    assert keeper.tolist() == [0, 1]
+def test_the_rank_decides_which_near_copy_stays() -> None:
+    items, group = crowd([3] * 30)
+    rank = np.random.default_rng(1).permutation(items.size)
+    assert near(items, rank, 0.95, 0.95).tolist() == dedup.first_of(group, rank).tolist()
 
 
 def test_a_chain_is_cut_where_its_end_no_longer_resembles_the_keeper() -> None:
     angle = np.arange(6) * 0.2  # neighbours have a cosine of 0.98, the ends of 0.54
-    embedding = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    thumbnail = np.tile(np.arange(256), (6, 1))
-    items = vectors(embedding, thumbnail)
-    keeper, similarity = dedup.near_keepers(items, np.arange(6), cosine=0.97, concordance=0.9, progress=QUIET)
-    removed = keeper != np.arange(6)
-    assert (keeper[keeper] == keeper).all() and removed.any()
-    assert (similarity[removed] >= 0.97 - dedup.DRIFT).all() and not removed[5 if keeper[5] == 5 else 0]
-    assert len(np.unique(keeper)) >= 2
+    embedding = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    thumbnail = np.tile(np.arange(256), (6, 1)).astype(np.uint8)
+    items = Vectors(6, embedding.__getitem__, thumbnail.__getitem__)
+    keeper = near(items, np.arange(6), 0.97, 0.9)
+    removed = np.flatnonzero(keeper != np.arange(6))
+    assert (keeper[keeper] == keeper).all() and len(removed) and len(np.unique(keeper)) >= 2
+    assert (items.compare(removed, keeper[removed])[0] >= 0.97 - dedup.DRIFT).all()
 
 
-def test_many_pairs_are_thinned_without_changing_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dedup, "MOST_PAIRS", 50)
-    monkeypatch.setattr(dedup, "BLOCK", 64)
-    items, group = crowd([1] * 50 + [80, 60])
-    keeper, _ = dedup.near_keepers(items, np.arange(items.size), cosine=0.95, concordance=0.95, progress=QUIET)
-    assert keeper.tolist() == first_of_each(group).tolist()
+@pytest.mark.parametrize(("things", "most"), [(1, 2_000), (2, 16_000)])
+def test_pictures_have_the_last_word_and_are_asked_little(things: int, most: int) -> None:
+    """A crowd of 400 has 80,000 pairs; its pictures show one thing, or half of them another."""
+    items, _ = crowd([400])
+    side = np.arange(400) % things
+    asked: list[int] = []
+
+    def confirm(pairs: Pairs, which: np.ndarray) -> np.ndarray:
+        asked.extend(which.tolist())
+        return side[pairs.i[which]] == side[pairs.j[which]]
+
+    keeper = near(items, np.arange(400), 0.95, 0.95, confirm)
+    assert keeper.tolist() == side.tolist()
+    assert len(asked) == len(set(asked)) < most
 
 
-def test_semantic_duplicates_need_no_thumbnail() -> None:
-    items, group = crowd([1] * 300 + [2] * 60)
-    rng = np.random.default_rng(1)
-    embedding = items.read(np.arange(items.size)).embedding
-    unlike = vectors(embedding, rng.integers(0, 256, (items.size, 256)))
-    keeper, _ = dedup.semantic_keepers(unlike, np.arange(items.size), cosine=0.95, clusters=8, progress=QUIET)
-    assert (keeper == first_of_each(group)).mean() > 0.99
-    assert dedup.near_keepers(unlike, np.arange(items.size), cosine=0.95, concordance=0.9, progress=QUIET)[
-        0
-    ].tolist() == [*range(items.size)]
+def semantic(vectors: Vectors, rank: np.ndarray, cosine: float) -> tuple[np.ndarray, np.ndarray]:
+    return dedup.semantic_keepers(
+        rank, lambda some: find_pairs(vectors.among(some), cosine, None, QUIET, rank=rank[some])
+    )
+
+
+@pytest.mark.parametrize("cap", [16, 3], ids=["lists long enough", "lists cut short"])
+def test_semantic_duplicates_are_those_of_the_greedy_rule(monkeypatch: pytest.MonkeyPatch, cap: int) -> None:
+    """Kept from the lowest rank on, unless a kept one is near: the same with lists that are cut short."""
+    for module in (neighbours, dedup):
+        monkeypatch.setattr(module, "MOST_OF_ONE", cap)
+    if cap == 3:
+        monkeypatch.setattr(neighbours, "MOST_PAIRS", 300)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 6)).astype(np.float32)  # so few dimensions that everything has neighbours
+    rank = rng.permutation(600)
+    wide = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = wide @ wide.T
+    expected = np.zeros(600, bool)
+    for item in np.argsort(rank):
+        expected[item] = not (cosine[item][expected] >= 0.9).any()
+    keeper, similarity = semantic(Vectors(600, x.__getitem__), rank, 0.9)
+    kept = keeper == np.arange(600)
+    assert kept.tolist() == expected.tolist() and 50 < kept.sum() < 500
+    dropped = np.flatnonzero(~kept)
+    assert expected[keeper[dropped]].all() and (rank[keeper[dropped]] < rank[dropped]).all()
+    np.testing.assert_allclose(similarity[dropped], cosine[dropped, keeper[dropped]], atol=1e-5)
+    assert np.isnan(similarity[kept]).all()
+
+
+def test_a_dropped_picture_drops_no_other() -> None:
+    angle = np.arange(3) * 0.25  # each is near the next, the ends are not near each other
+    x = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    assert semantic(Vectors(3, x.__getitem__), np.arange(3), 0.96)[0].tolist() == [0, 0, 2]
