@@ -19,9 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..cache.parquet_map import find_page, map_file, page_is_intact
-from ..cache.part import REEMBED
-from ..core.errors import EclipseError
+from ..cache.parquet_map import find_page, map_file
 from ..core.files import atomic_path
 from ..core.progress import Progress
 from ..images.shards import ImageShard, small_pictures
@@ -80,7 +78,7 @@ class Evidence:
         return {name: rows[columns == name] for name in sorted(set(columns.tolist()))}
 
     def _find_unsound(self) -> pa.Table:
-        self._check_pages()
+        self.store.verify(self.progress, columns=MAPPED)
         rows: list[np.ndarray] = []
         names: list[str] = []
         scores = ["clip_score", *self.store.meta.head_scores]
@@ -103,22 +101,6 @@ class Evidence:
     def _vectors(self, name: str, rows: np.ndarray) -> np.ndarray:
         read = self.store.image_embeddings if name == "image_embedding" else self.store.text_embeddings
         return read(rows).astype(np.float32)
-
-    def _check_pages(self) -> None:
-        """Compare the pages that are read through the map with their checksums."""
-        with self.progress.task("checking checksums", len(self.store), "rows") as task:
-            for part in self.store.parts:
-                mapped, first = map_file(part.path), 0
-                for group in part.groups:
-                    for name in MAPPED:
-                        if not page_is_intact(mapped, find_page(mapped, group.chunks[name])):
-                            raise EclipseError(
-                                f"column {name}, rows {first} to {first + group.rows - 1}: the checksum does not match",
-                                where=str(part.path),
-                                hint=REEMBED,
-                            )
-                    first += group.rows
-                task.advance(part.rows)
 
     @cached_property
     def sound(self) -> np.ndarray:

@@ -39,8 +39,8 @@ def filter_cache(
     drop alone and in sequence. Raises EclipseError if `embed` is not done, if the filter was run with other settings
     and not told to overwrite, or if a rule would drop a share of the rows that is implausible.
     """
-    with ws.stage("filter", overwrite=overwrite) as run:
-        if run.complete and not dry_run:
+    with ws.stage("filter", overwrite=overwrite or dry_run) as run:  # a dry run asks what a changed card would do
+        if run.complete:
             return run.summary
         if ws.stage("embed").finished is None:
             raise EclipseError("nothing to filter yet", where=str(ws.embeddings), hint="run `eclipse embed` first")
@@ -50,12 +50,12 @@ def filter_cache(
         evidence = Evidence(Store.open(ws.embeddings), shards_of(ws), ws.logs / "filter", progress)
         if dry_run:
             return _dry_run(evidence, ws)
-        run.begin()
         import pyarrow.parquet as pq
 
         from ..report.filter_page import filter_page
 
         table, funnel, about = _judge(evidence, ws)
+        run.begin()
         with atomic_path(ws.selection) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         rejected = {name: step["rejected"] for name, step in funnel.items() if step["rejected"]}
