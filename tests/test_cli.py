@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,42 @@ def test_plain_is_valid_json_for_whatever_a_summary_holds():
 
     value = {"a": np.float32(0.5), "b": float("nan"), "c": Path("x"), "d": (np.int64(3), True, None), "e": np.arange(2)}
     assert plain(value) == {"a": 0.5, "b": None, "c": "x", "d": [3, True, None], "e": [0, 1]}
+
+
+STUBBORN = """
+import sys, time
+import typer
+from eclipse.pipeline.core import console
+
+app = typer.Typer()
+
+def work(progress):
+    try:
+        progress.say("working")
+        time.sleep(60)
+    finally:
+        time.sleep(float(sys.argv[1]))  # as libraries' threads take their time
+        progress.say("cleaned up")
+
+@app.command()
+def main(seconds: float):
+    console.present(work, print)
+
+app()
+"""
+
+
+@pytest.mark.parametrize(("cleaning", "pause", "cleaned"), [(1.0, 0.1, True), (30.0, 0.7, False)])
+def test_interrupts_in_a_row_are_one_and_a_late_one_ends_at_once(
+    tmp_path: Path, cleaning: float, pause: float, cleaned: bool
+):
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    process = subprocess.Popen([sys.executable, script, str(cleaning)], stderr=-1, text=True)
+    assert process.stderr is not None and process.stderr.readline() == "working\n"
+    for _ in range(4):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in rest and "run the same command again" in rest
+    assert ("cleaned up" in rest) == cleaned and ("ended at once" in rest) != cleaned

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, verified when read, a damaged one never stops a resume. Called by train.py.
 
-A checkpoint is a directory of safetensors files and a state.json that holds their checksums; there is no pickle in it.
+A checkpoint is a directory of safetensors files and a state.json that holds their checksums, and its own; there is no
+pickle in it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def save_checkpoint(
             on_cpu = {key: x.detach().cpu().contiguous() for key, x in named.items()}
             save_file(on_cpu, temporary / f"{name}.safetensors")
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / STATE, {"step": step, "state": state, "checksums": checksums})
+        record = {"step": step, "state": state, "checksums": checksums}
+        write_json(temporary / STATE, {**record, "checksum": _record_checksum(record)})
     _point(folder.parent / "latest", path)
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
@@ -74,6 +76,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     try:
         record = json.loads((path / STATE).read_text())
+        # Checkpoints made before this was written have none.
+        if record.pop("checksum", None) not in (None, _record_checksum(record)):
+            raise EclipseError(f"checksum of {STATE} does not match", where=str(path))
         for name, checksum in record["checksums"].items():
             if _checksum(path / name) != checksum:
                 raise EclipseError(f"checksum of {name} does not match", where=str(path))
@@ -105,6 +110,11 @@ def _point(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
+
+
+def _record_checksum(record: dict[str, Any]) -> str:
+    """Of all else that state.json says, however it is laid out."""
+    return f"crc32:{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _checksum(path: Path) -> str:

@@ -11,7 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..pipeline.core.errors import UsageError
+from ..pipeline.core.errors import EclipseError, UsageError
+
+
+class LostProcessError(EclipseError):
+    """Another of the processes that train together is gone. What it says of itself, if anything, explains more."""
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,15 @@ def join(*, on_cpu: bool) -> Iterator[World]:
     try:
         dist.barrier()  # what the leading process removed before, is gone for all
         yield World(rank, size, device)
+    except RuntimeError as error:
+        # NCCL's errors are of a class of their own, gloo's are not.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise LostProcessError(
+            "the connection to another training process broke: it ended, or its machine did",
+            where=f"process {rank} of {size}",
+            hint="see what the other process said; if it was killed for memory, lower train.microbatch; the same"
+            " command continues from the last checkpoint",
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -15,6 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from ..pipeline.core.errors import EclipseError, Terminated
+from .distributed import LostProcessError
 
 GRACE_S = 30.0  # for the others to notice that one of them failed
 
@@ -40,8 +41,10 @@ def spawn(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
     # One process's failure breaks the others' connections: what was meant for the user explains those.
     for kind in (EclipseError, KeyboardInterrupt, BaseException):
         for failure in failures:
-            if isinstance(failure, kind):
+            if isinstance(failure, kind) and not isinstance(failure, LostProcessError):
                 raise failure
+    for failure in failures:
+        raise failure
     return reports[0]
 
 

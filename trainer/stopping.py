@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from ..pipeline.core.errors import Terminated
+from ..pipeline.core.interrupts import Interrupts
 
 
 class StopSignals:
@@ -26,6 +27,9 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        before = self._before.get(signal.SIGINT)
+        if self.received == signal.SIGINT and isinstance(before, Interrupts):
+            before.took()  # more of them shall not disturb what follows
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -17,9 +17,8 @@ from typing import Any
 import typer
 
 from .errors import EclipseError, Terminated
+from .interrupts import INTERRUPTED, one_interrupt
 from .progress import Progress, printable
-
-INTERRUPTED = 130
 
 
 def present(
@@ -35,7 +34,7 @@ def present(
     While working, standard output (also that of libraries and children) is sent to standard error.
     """
     try:
-        with _sigterm_raises(), _stdout_is_stderr():
+        with _sigterm_raises(), one_interrupt(lambda: _end_children(patience_s=0)), _stdout_is_stderr():
             result = work(Progress(quiet=quiet))
     except BaseException as error:
         raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
@@ -218,7 +217,7 @@ def _stdout_is_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _end_children() -> None:
+def _end_children(patience_s: float = 3) -> None:
     """Stop worker processes that an interrupted stage left behind."""
     if "multiprocessing" not in sys.modules:
         return
@@ -228,6 +227,6 @@ def _end_children() -> None:
     for child in children:
         child.terminate()
     for child in children:
-        child.join(timeout=3)
+        child.join(timeout=patience_s)
         if child.is_alive():
             child.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from eclipse.pipeline.core.errors import EclipseError, Terminated
 
@@ -22,6 +23,30 @@ def fail_on_rank_1() -> None:
 def die_on_rank_1() -> None:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_amid_a_collective() -> None:
+    _collective(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fail_amid_a_collective() -> None:
+    def fail() -> None:
+        from eclipse.trainer.distributed import LostProcessError
+
+        raise LostProcessError("as it is on a machine whose peers are elsewhere: nothing more is known")
+
+    _collective(fail)
+
+
+def _collective(end: Callable[[], None]) -> None:
+    import torch
+    from eclipse.trainer.distributed import join
+
+    with join(on_cpu=True) as world:
+        if world.rank == 1:
+            end()
+        for _ in range(1000):
+            world.mean(torch.zeros(1))
 
 
 def stop_when_told(started: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import spawned
 from eclipse.pipeline.core.errors import EclipseError, Terminated
+from eclipse.trainer.distributed import LostProcessError
 from eclipse.trainer.spawn import spawn
 
 
@@ -26,6 +27,15 @@ def test_the_error_meant_for_the_user_is_the_one_raised() -> None:
 def test_a_killed_process_is_named() -> None:
     with pytest.raises(EclipseError, match="process 1 ended without a word"):
         spawn(spawned.die_on_rank_1, 2)
+
+
+def test_a_process_killed_amid_a_collective_is_one_message_on_the_others() -> None:
+    """On the machine of the killed one its end is named; elsewhere (torchrun), that the connection broke."""
+    with pytest.raises(EclipseError, match="process 1 ended without a word"):
+        spawn(spawned.die_amid_a_collective, 2)
+    with pytest.raises(LostProcessError, match="the connection to another training process broke") as error:
+        spawn(spawned.fail_amid_a_collective, 2)
+    assert "process 0 of 2" in str(error.value.where)
 
 
 def test_sigterm_reaches_all_and_is_waited_for(tmp_path: Path) -> None:
