@@ -59,7 +59,7 @@ def _columns(n: int, pool: np.ndarray, rng: np.random.Generator, states: bool) -
         return pool[start : start + rows]
 
     columns = {name: [f"{i}" for i in range(n)] for name in ("uid", "key", "url", "caption")}
-    columns |= {"image_sha256": [b"\0" * 32] * n, "thumbnail": np.zeros((n, 256), np.uint8)}
+    columns |= {"image_sha256": [rng.bytes(32) for _ in range(n)], "thumbnail": np.zeros((n, 256), np.uint8)}
     columns |= {"width": np.ones(n), "height": np.ones(n), "clip_score": np.zeros(n), "n_tokens": counts}
     columns |= {"image_embedding": cut(n), "text_embedding": cut(n)}
     return columns | ({"text_states": cut(int(counts.sum()))} if states else {})

@@ -47,6 +47,20 @@ class World:
         return everywhere
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether this device has products of bfloat16 in hardware: Ampere cards and later.
+
+    A CPU never counts. Some have them, but most emulate them at a fiftieth of float32's speed, and one card shall mean
+    the same arithmetic on every CPU.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def describe(device: torch.device) -> str:
+    """The card's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def under_launcher() -> bool:
     """Whether torchrun, or `spawn`, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -15,7 +15,7 @@ from ..pipeline.core.progress import Progress
 from ..pipeline.core.seeds import stream_seed
 from .data.batches import Batch, Batches
 from .data.verify import PageCheck
-from .distributed import World, count_gpus, join, under_launcher
+from .distributed import World, count_gpus, describe, join, under_launcher
 from .evaluate import beside_baselines, embedding_metrics
 from .log import MetricsLog, draw_curves, read_metrics
 from .loss import Draw
@@ -213,7 +213,7 @@ def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: flo
         "skipped_steps": run.guard.skipped,
         "train_rows": len(run.rows),
         "validation_rows": len(run.validation_rows),
-        "device": f"{run.world.size} × {_device_name(run.world.device)}",
+        "device": f"{run.world.size} × {describe(run.world.device)}",
         "seconds": round(seconds, 2),
         "samples_per_second": round(steps * job.options.batch_size / seconds, 1) if steps else 0.0,
         "data_wait_share": round(waited / seconds, 4),
@@ -280,7 +280,3 @@ def work(job: Job, on_cpu: bool, quiet: bool, progress: Progress | None = None) 
             return fit(job, world, progress if progress and world.leads else Progress(quiet=quiet or not world.leads))
     finally:
         torch.set_num_threads(threads)  # a small network takes one; later stages of this process want all
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

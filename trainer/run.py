@@ -22,7 +22,7 @@ from .data.captions import EmptyCaption
 from .data.feeds import StatesFrom
 from .data.live_text import live_text
 from .data.split import split
-from .distributed import World
+from .distributed import World, describe, multiplies_bfloat16
 from .guard import Guard
 from .loss import Objective
 from .model.diffusion import DiffusionObjective, DiffusionPrior
@@ -85,7 +85,7 @@ class Run:
     @property
     def half(self) -> bool:
         """Whether the forward pass runs in bfloat16."""
-        return self.job.options.precision == "bf16" and self.world.device.type == "cuda"
+        return self.job.options.precision == "bf16" and multiplies_bfloat16(self.world.device)
 
     def predict(self, *inputs: Any) -> Tensor:
         """The network, in the job's precision, with gradients exchanged between processes."""
@@ -131,6 +131,8 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
     rows, held_back = split(store, job.selection, job.options.validation)
     chosen = np.random.default_rng(job.validation_seed).permutation(held_back)[: job.validation_rows]
     states_from = live_text(store, job.encoder, world.device)
+    if job.options.precision == "bf16" and not multiplies_bfloat16(world.device):
+        say(f"training in float32: the card's bf16 is for GPUs from Ampere on, and this is a {describe(world.device)}")
     torch.manual_seed(job.options.seed)  # after the text tower, which draws weights of its own
     prior = _network(job, store).to(world.device)
     if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:

@@ -135,7 +135,9 @@ class EncoderSection(Section):
 
     model: str = Field(description="open_clip model name, hf-hub:… or local-dir:…; {models} is the installation's own")
     pretrained: str | None = Field(None, description="open_clip weights tag; null where the model name says it all")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="precision of a GPU's forward pass; a CPU uses fp32"
+    )
     text_states: bool = Field(True, description="store token states, or run the text tower again while training")
     aesthetic: str | None = Field(
         None, description="linear head on the unit image embedding: laion, PATH or URL#sha256=HEX"

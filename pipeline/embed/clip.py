@@ -56,8 +56,9 @@ class Encoder:
                 hint="priors are defined on CLIP's token states: choose a CLIP such as ViT-L-14",
             )
         self.fingerprint = _fingerprint(model)
-        self.precision = precision
         self.device = torch.device(device)
+        # Few CPUs multiply half precision in hardware; the others take fifty times as long over it as over float32.
+        self.precision = "fp32" if self.device.type == "cpu" else precision
         self.tokenize_captions = tokens
         self.context_length = tokens.context_length
         self.text_width: int = self._text.ln_final.normalized_shape[0]
@@ -69,7 +70,7 @@ class Encoder:
         transform: Any = image_transform_v2(config, is_train=False)
         *self._to_rgb, _, _ = transform.transforms  # all but to-tensor and normalise, which encode_images does
 
-        dtype = DTYPES[precision]
+        dtype = DTYPES[self.precision]
         model.requires_grad_(False).eval().to(self.device, dtype, memory_format=torch.channels_last)
         self._dtype = dtype
         self._mean = torch.tensor(config.mean, device=self.device)
@@ -83,6 +84,7 @@ class Encoder:
     ) -> Encoder:
         """Load by open_clip's name and tag, `hf-hub:…`, `local-dir:…` ({models} allowed) or a preset's name.
 
+        precision: fp32, bf16 or fp16, of a GPU; a CPU computes in float32 whatever is asked, and `precision` says so.
         Raises UsageError for names that open_clip does not know or that come without weights, EclipseError for
         weights that cannot be read or fetched and for towers that are not CLIP's.
         """

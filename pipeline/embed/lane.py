@@ -53,7 +53,7 @@ class LaneSpec:
             encoder=" ".join(filter(None, (self.model, self.pretrained))),
             encoder_fingerprint=encoder.fingerprint,
             preprocessing=encoder.preprocessing,
-            precision=self.precision,
+            precision=encoder.precision,
             embedding_dim=encoder.embedding_dim,
             text_width=encoder.text_width,
             card=self.card,

@@ -121,6 +121,8 @@ def _spec(
     if section.aesthetic and aesthetic is None:
         progress.say(f"no aesthetic head for {model}: parts get no aesthetic_score")
     heads = (("aesthetic", aesthetic), ("safety", section.safety))
+    if devices == ["cpu"] and section.precision != "fp32":
+        progress.say(f"the encoder computes in float32 on a CPU, where the card says {section.precision}")
     cores = len(os.sched_getaffinity(0))
     return LaneSpec(
         model=model,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.optim._muon
 from eclipse.trainer.model.prior import Prior, PriorConfig
-from eclipse.trainer.optim import make_optimizers
+from eclipse.trainer.optim import Muon, make_optimizers, orthogonalised
 
 CONFIG = PriorConfig(16, num_layers=2, num_attention_heads=2, attention_head_dim=8)
 
@@ -36,3 +39,58 @@ def test_muon_moves_matrices_along_near_orthogonal_directions() -> None:
     values = torch.linalg.svdvals(before - layer.weight.detach())
     assert values.max() / values.median() < 2.5  # those of the gradient span a thousand
     assert (before - layer.weight.detach()).square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.35)  # as AdamW's RMS
+
+
+class InFloat32:
+    """torch, with float32 in bfloat16's place."""
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def matrices() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (8, 8), (24, 8), (8, 24), (8, 8))]
+
+
+def test_muon_is_pytorchs_run_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = matrices(), matrices()
+    mine = Muon(ours, 1e-2, 0.1)
+    monkeypatch.setattr(torch.optim._muon, "torch", InFloat32())
+    reference = torch.optim.Muon(theirs, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            generator = torch.Generator().manual_seed(step * 100 + a.numel())
+            a.grad = torch.randn(*a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        buffers = [optimizer.state[p]["momentum_buffer"] for optimizer, p in ((mine, a), (reference, b))]
+        torch.testing.assert_close(*buffers, atol=1e-6, rtol=1e-6)
+
+
+def test_a_bad_step_leaves_no_trace_in_muon() -> None:
+    ours = matrices()
+    muon = Muon(ours, 1e-2, 0.1)
+
+    def step(value: float, bad: float) -> None:
+        for p in ours:
+            p.grad = torch.full_like(p, value)
+        muon.found_inf = torch.tensor(bad)
+        muon.step()
+
+    step(0.5, 0.0)
+    before = [p.detach().clone() for p in ours], [muon.state[p]["momentum_buffer"].clone() for p in ours]
+    step(torch.nan, 1.0)
+    after = ours, [muon.state[p]["momentum_buffer"] for p in ours]
+    assert all(torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_products_are_bfloat16() -> None:
+    x = torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalised(x.cuda()).cpu(), orthogonalised(x), atol=3e-2, rtol=0)
