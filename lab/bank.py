@@ -6,6 +6,7 @@ A captured graph reads `filled` anew at every replay, and so draws from all that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,39 @@ def padded_states(
     return pooled, states
 
 
+@dataclass(frozen=True)
+class EncodedClass:
+    """Captions of one length class: text (n, D), states (n, L, W) float16; lengths, picture, column (n,)."""
+
+    text: Tensor
+    states: Tensor
+    lengths: np.ndarray
+    picture: np.ndarray
+    column: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """image (P, D) float16 of the pictures of some blocks, and their captions by length class."""
+
+    image: Tensor
+    classes: list[EncodedClass]
+
+
+@torch.inference_mode()
+def encoded(encoder: Encoder, blocks: Sequence[Drawn], device: str) -> Encoded:
+    """Pictures and captions of blocks of kind "train"."""
+    ids, n_tokens = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("ids", "n_tokens"))
+    image = encoder.encode_images(np.concatenate([block.pixels for block in blocks])).half()
+    classes = []
+    for c, longest in enumerate(LENGTHS):
+        rows, column = np.nonzero((n_tokens > (LENGTHS[c - 1] if c else 0)) & (n_tokens <= longest))
+        own = n_tokens[rows, column]
+        text, states = padded_states(encoder, ids[rows, column], own, longest, device)
+        classes.append(EncodedClass(text, states, own, rows, column))
+    return Encoded(image, classes)
+
+
 class PairBank:
     """Pairs of the scenes 0, 1, … of the train split: `pairs`, and `column[c]` (n,) int64, which caption of its picture
     each is. pictures: how many are there.
@@ -69,28 +103,30 @@ class PairBank:
         """For how many more pictures."""
         return len(self.pairs.image) - self.pictures
 
-    @torch.inference_mode()
     def add(self, blocks: Sequence[Drawn]) -> None:
         """Encode pictures and captions behind those that are there; what finds no room is left out."""
+        self.put(encoded(self.encoder, blocks, self.device))
+
+    @torch.inference_mode()
+    def put(self, found: Encoded) -> None:
+        """What is encoded already."""
         pairs, first = self.pairs, self.pictures
-        pixels = np.concatenate([block.pixels for block in blocks])[: self.room]
-        ids, n_tokens = (np.concatenate([getattr(b, n) for b in blocks])[: self.room] for n in ("ids", "n_tokens"))
-        pairs.image[first : first + len(pixels)] = self.encoder.encode_images(pixels).half()
-        for c, longest in enumerate(LENGTHS):
-            shortest = LENGTHS[c - 1] if c else 0
-            rows, column = np.nonzero((n_tokens > shortest) & (n_tokens <= longest))
-            start, stop = self.counts[c], min(self.counts[c] + len(rows), len(pairs.text[c]))
-            rows, column = rows[: stop - start], column[: stop - start]
-            if not len(rows):
-                continue
-            own = n_tokens[rows, column]
-            found = padded_states(self.encoder, ids[rows, column], own, longest, self.device)
-            pairs.text[c][start:stop], pairs.states[c][start:stop] = found
-            for buffer, values in ((pairs.lengths, own), (pairs.picture, rows + first), (self.column, column)):
-                buffer[c][start:stop] = torch.from_numpy(values.astype(np.int64)).to(self.device)
+        image = found.image[: self.room]
+        pairs.image[first : first + len(image)] = image
+        for c, some in enumerate(found.classes):
+            # Rows come in the order of their pictures.
+            fits = int(np.searchsorted(some.picture, len(image)))
+            start, stop = self.counts[c], min(self.counts[c] + fits, len(pairs.text[c]))
+            n = stop - start
+            pairs.text[c][start:stop], pairs.states[c][start:stop] = some.text[:n], some.states[:n]
+            numbers = (
+                (pairs.lengths, some.lengths), (pairs.picture, some.picture + first), (self.column, some.column),
+            )  # fmt: skip
+            for buffer, values in numbers:
+                buffer[c][start:stop] = torch.from_numpy(values[:n].astype(np.int64)).to(self.device)
             self.counts[c] = stop
         pairs.filled.copy_(torch.tensor(self.counts))
-        self.pictures += len(pixels)
+        self.pictures += len(image)
 
     def usable(self, pictures: int, captions: int, longest: int) -> list[Tensor]:
         """Rows of each class: of the first so many pictures, so many captions each, of at most so many tokens."""

@@ -40,12 +40,12 @@ def build(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda; of `rates` and `further`")] = "cpu",
     processes: Annotated[int, typer.Option(help="that draw; of `rates` and `further`")] = 2,
-    minutes: Annotated[float, typer.Option(help="all told; of `further`")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="all told; of `further` and `reference`")] = 5.0,
     seconds: Annotated[float, typer.Option(help="that each kind of step is timed; of `rates`")] = 1.0,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
-    if step not in (*STEPS, "all", "rates", "further"):
-        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further")
+    if step not in (*STEPS, "all", "rates", "further", "reference"):
+        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further, reference")
     torch.set_num_threads(threads)
     if step == "rates":
         from .build_gpu import rates
@@ -56,6 +56,11 @@ def build(
         from .build_further import further
 
         further(device, processes, minutes, folder)
+        return
+    if step == "reference":
+        from . import build_reference
+
+        build_reference.build(folder, minutes)
         return
     wanted = STEPS if step == "all" else (step,)
     if set(wanted) - {"pack", "card"}:

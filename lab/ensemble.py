@@ -147,7 +147,10 @@ def forward(
         for qs, ks, vs, mask, n in zip(queries, key.split(sizes, 1), value.split(sizes, 1), masks, counts, strict=True):
             qs, ks, vs = (t.reshape(k * n, -1, heads, config.attention_head_dim).transpose(1, 2) for t in (qs, ks, vs))
             mask = mask[:, :, -1:] if last else mask
-            out.append(F.scaled_dot_product_attention(qs, ks, vs, mask).transpose(1, 2).reshape(k, -1, config.width))
+            if not qs.is_cuda:  # torch's attention in bfloat16 is ten times slower on a CPU than in float32
+                qs, ks, vs = qs.float(), ks.float(), vs.float()
+            found = F.scaled_dot_product_attention(qs, ks, vs, mask).to(q.dtype)
+            out.append(found.transpose(1, 2).reshape(k, -1, config.width))
         return torch.cat(out, 1)
 
     def ends(x: Tensor) -> Tensor:
@@ -277,14 +280,15 @@ class Training:
             shape = self.ensemble.shapes[names[0]]
             count = sum(1 for n in names if self.ensemble.shapes[n] == shape)
             stop, names = start + count * shape.numel(), names[count:]
-            update = orthogonalised(ahead[:, start:stop].unflatten(1, (count, *shape)).flatten(0, 1))
-            update = update.view(len(flat), -1)
+            matrices = ahead[:, start:stop].unflatten(1, (count, *shape)).flatten(0, 1)
+            update = orthogonalised(matrices.bfloat16() if self.settings.half else matrices).float()
+            update = update.reshape(len(flat), -1)
             flat[:, start:stop].sub_(self.rate * 0.2 * math.sqrt(max(shape)) * update)
             start = stop
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """(N, r, c) with singular values near 1: five Newton–Schulz steps in float32."""
+    """(N, r, c) with singular values near 1: five Newton–Schulz steps, in the matrices' own dtype."""
     a, b, c = _NS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices

@@ -73,19 +73,25 @@ def workers(world: World, processes: int, without: Set[str] = frozenset()) -> Po
 
     without: texts that no caption may be, such as the prompts of an evaluation.
     """
+    prepare(world, without)
+    return multiprocessing.get_context("fork").Pool(processes)
+
+
+def prepare(world: World, without: Set[str]) -> None:
+    """Make this process one that draws."""
     global _WORLD, _TOKENIZER, _WITHOUT
     _WORLD, _TOKENIZER, _WITHOUT = world, CaptionTokenizer(SimpleTokenizer(), _CONTEXT), without
     _ = world.held_out_pairs
     torch.set_num_threads(1)
-    return multiprocessing.get_context("fork").Pool(processes)
 
 
 def stream(pool: Pool, orders: Iterable[Order]) -> IMapIterator[Drawn]:
     """The blocks in their order; its `next` takes a timeout."""
-    return pool.imap(_draw, orders)
+    return pool.imap(draw_block, orders)
 
 
-def _draw(order: Order) -> Drawn:
+def draw_block(order: Order) -> Drawn:
+    """Draw one block, in a process that is prepared for it."""
     split = "train" if order.kind == "train" else "any"
     indices = range(order.first, order.first + order.count)
     scenes = [_WORLD.scene(i, split) for i in indices]

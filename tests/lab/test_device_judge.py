@@ -19,7 +19,7 @@ from eclipse.lab.device_judge import (
     validation_prompts,
 )
 from eclipse.lab.ensemble import LENGTHS, Ensemble
-from eclipse.lab.scene_stream import Order, _draw, captions_of, workers
+from eclipse.lab.scene_stream import Order, captions_of, draw_block, workers
 from eclipse.lab.score import encode_scenes
 from eclipse.lab.shapes import CATEGORIES, World
 from eclipse.pipeline.core.card import MODELS
@@ -74,7 +74,7 @@ def test_the_bank_holds_every_caption_in_its_class_and_grows(encoder: Encoder) -
     taken = {captions_of(WORLD, WORLD.scene(3), 3)[0]}
     pool = workers(WORLD, 1, taken)
     try:
-        blocks = [pool.apply(_draw, (Order("train", first, 6),)) for first in (0, 6)]
+        blocks = [pool.apply(draw_block, (Order("train", first, 6),)) for first in (0, 6)]
     finally:
         pool.terminate()
     bank = PairBank(encoder, 40, "cpu")
