@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..pipeline.core.card import MODELS
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
 from ..trainer.model.prior import PRESETS, PriorConfig
 from .bank import ExampleBank, PairBank

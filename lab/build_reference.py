@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..pipeline.core.card import MODELS
-from ..pipeline.core.workspace import atomic_path
+from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
 from ..trainer.model.prior import PRESETS
 from .bank import Encoded, PairBank, encoded

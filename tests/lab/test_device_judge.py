@@ -66,7 +66,7 @@ def test_members_predict_for_prompts_what_their_priors_do(encoder: Encoder) -> N
     plain = encode_texts(encoder, [p.text for p in prompts], Progress(quiet=True))
     for k in range(2):
         with torch.no_grad():
-            expected = ensemble.member(k)(texts.noise, plain.embedding, plain.packed(range(len(prompts))))
+            expected = ensemble.member(k)(texts.noise, plain.embedding, plain)
         torch.testing.assert_close(found[k], expected, atol=5e-3, rtol=5e-3)  # float16 features
 
 
