@@ -16,7 +16,7 @@ app = typer.Typer(
     "`eclipse run` goes through every stage on an embedded example; `eclipse init CARD DIR` starts your own.",
     rich_markup_mode=None,  # plain help keeps `eclipse --help` quick
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -276,11 +276,15 @@ def train(
 @app.command()
 def render(
     prompts: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Argument(
-            metavar="[PROMPTS]",
-            help='.txt, .jsonl, or .csv/.tsv with a column "Prompt"; a folder of .txt; default: the card\'s.',
+            metavar="[PROMPT|FILE]",
+            show_default=False,
+            help="One prompt in quotes, or a .txt, .jsonl, .csv, .tsv or folder of .txt; the card's by default.",
         ),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", metavar="TEXT", help="What the pictures shall not show.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -297,11 +301,19 @@ def render(
     prior: Annotated[
         str | None, typer.Option("--prior", metavar="DIR|HUB-ID|text", help="Another prior; text: the raw embedding.")
     ] = None,
+    width: Annotated[int | None, typer.Option("--width", min=16, max=4096, help="Of the pictures, in pixels.")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=16, max=4096, help="The card's by default.")] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the decoder.")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", min=0, help="Of the decoder.")] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", metavar="ddpm|ddim", help="Of the decoder.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="NAME", help="ddpm, ddim, dpm++, dpm++-karras or dpm++-sde."),
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option("--prompt-column", metavar="NAME", help="Of a .csv or .tsv, in place of Prompt.")
+    ] = None,
     blank_decoder_text: Annotated[
         bool, typer.Option("--blank-decoder-text", help="Hide the prompt from a decoder that reads it (Karlo).")
     ] = False,
@@ -315,25 +327,41 @@ def render(
 ) -> None:
     """Make pictures from prompts, and a gallery of them.
 
+    Outside a workspace, --prior with an export or a hub id makes one from the data card that came with the prior.
+
     \b
     Examples:
       eclipse render
+      eclipse render "a red cube on a blue table" --samples 4
       eclipse render prompts.txt --samples 4 --seed 1
       eclipse render geneval.jsonl --layout geneval --out geneval-pictures
     """
-    options = {
-        "prompts": prompts,
-        "out": out,
-        "layout": layout,
-        "samples": samples,
-        "seed": seed,
-        "prior": prior,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "blank_decoder_text": blank_decoder_text or None,
-    }
-    _stage("render", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
+    from .decode.export import workspace_for
+    from .decode.prompts import typed
+    from .pipeline.core.results import show_stage
+    from .pipeline.core.stages import cluster_option, run_stage
+
+    def work(progress: Progress) -> dict[str, Any]:
+        cluster_option("render", cluster)
+        options = {
+            "prompts": typed(prompts or []),
+            "negative_prompt": negative,
+            "out": out,
+            "layout": layout,
+            "samples": samples,
+            "seed": seed,
+            "prior": prior,
+            "width": width,
+            "height": height,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": scheduler,
+            "prompt_column": prompt_column,
+            "blank_decoder_text": blank_decoder_text or None,
+        }
+        return run_stage(workspace_for(card, workspace, prior), "render", progress, overwrite=overwrite, **options)
+
+    present(work, lambda summary: show_stage("render", summary), quiet=quiet, as_json=as_json, debug=debug)
 
 
 @app.command()
@@ -368,6 +396,8 @@ def export(
 ) -> None:
     """Write the prior in the published ECLIPSE format.
 
+    Beside it a model card, README.md, and eclipse.json: its encoder, its data card and every stage's figures.
+
     \b
     Examples:
       eclipse export my-prior
@@ -381,6 +411,40 @@ def export(
         return export_prior(ws, directory, progress, overwrite=overwrite)
 
     present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
+
+
+@app.command()
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the hub; made where there is none.")],
+    workspace: Root = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; needs no network.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Into a repository that holds something else, too.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish the prior with its model card on the hub.
+
+    It sends what `eclipse export` writes. Log in first with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      eclipse push ada/shapes-prior --dry-run
+      eclipse push ada/shapes-prior
+    """
+    from .decode.export import push_prior
+    from .pipeline.core.results import show_push
+    from .pipeline.core.stages import check_prior, locate
+
+    def work(progress: Progress) -> dict[str, Any]:
+        ws = locate(None, workspace)
+        check_prior(ws, progress)
+        return push_prior(ws, repository, progress, private=private, overwrite=overwrite, dry_run=dry_run)
+
+    present(work, show_push, quiet=quiet, as_json=as_json, debug=debug)
 
 
 @app.command()

@@ -27,10 +27,12 @@ class Unconditional:
     """What the encoder makes of nothing, for guidance's other branch.
 
     `image_embedding` (D,): the image tower's output on an all-zero pixel tensor (Kandinsky 2.2's convention).
-    `caption`: the features of the empty caption (Karlo).
+    `negative` (D,): in its place, what the prior makes of a negative prompt. `caption`: the features of the empty
+    caption (Karlo).
     """
 
     image_embedding: torch.Tensor | None = None
+    negative: torch.Tensor | None = None
     caption: TextFeatures | None = None
 
 
@@ -39,7 +41,6 @@ class Decoder(Protocol):
 
     name: str
     embedding_dim: int
-    image_size: int
     batch_size: int  # how many pictures at once suit the device
 
     def decode(
@@ -60,14 +61,17 @@ def load_decoder(
     path: str,
     *,
     unconditional: Unconditional,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     scheduler: str | None = None,
     device: str = "cpu",
 ) -> Decoder:
     """Load a decoder from a directory or a hub id. `scheduler` None: the one that comes with it.
 
+    image_size: the side of its pictures in pixels, or their width and height; None: what it was made for.
+
     Raises:
-        UsageError: unknown kind or option. EclipseError: weights that cannot be found, read or used.
+        UsageError: unknown kind or option, a size that it cannot make.
+        EclipseError: weights that cannot be found, read or used.
     """
     if kind not in KINDS:
         raise UsageError(f"unknown decoder kind {kind!r}", hint=f"use one of: {', '.join(KINDS)}")

@@ -17,13 +17,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.core.card import MODELS, resolve
+from pydantic import ValidationError
+
+from ..pipeline.core.card import CARD_NAME, MODELS, STAGES, Card, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
-from ..pipeline.core.workspace import STAGES, atomic_path, write_json
+from ..pipeline.core.files import atomic_path, write_json
+from ..pipeline.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from ..pipeline.core.progress import Progress
-    from ..pipeline.core.workspace import Workspace
 
 RECORD, MODEL_CARD, PICTURE = "eclipse.json", "README.md", "gallery.png"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -227,6 +229,43 @@ def trusted_encoder(record: Record, directory: Path, *, from_hub: bool) -> str:
             hint='name the encoder: eclipse.load(…, encoder="local-dir:/path/of/it")',
         )
     return name
+
+
+def workspace_for(card: str | None, root: Path | None, prior: str | None) -> Workspace:
+    """The workspace to render in: as every command finds it, or a new one from the data card that came with `prior`.
+
+    Raises:
+        UsageError: there is none, and `prior` is no export; what `trusted_encoder` raises.
+    """
+    from ..pipeline.core.stages import locate
+    from .job import TEXT_PRIOR
+    from .pretrained import find
+
+    here = (root or Path.cwd()) / CARD_NAME
+    if card is not None or here.is_file() or prior in (None, TEXT_PRIOR):
+        return locate(card, root)
+    directory = find(prior)
+    record = read_record(directory)
+    if record is None:
+        raise UsageError(
+            f"no workspace here, and no {RECORD} with this prior that says which encoder and decoder it takes",
+            where=prior,
+            hint=f"make a workspace first: `eclipse init coco DIR`, then `eclipse render -w DIR --prior {prior}`",
+        )
+    trusted_encoder(record, directory, from_hub=not Path(prior).is_dir())
+    try:
+        made = Card.model_validate(record.card)
+    except ValidationError as error:
+        raise UsageError(
+            f"its data card cannot be read: {error.errors()[0]['msg']}", where=str(directory / RECORD)
+        ) from None
+    if Path(resolve(made.decoder.path)).is_absolute() and "{models}" not in made.decoder.path:
+        raise UsageError(
+            f"its decoder is a directory, {made.decoder.path}, of the machine it was trained on",
+            where=str(directory),
+            hint=f"make a workspace with a decoder of your own, then `eclipse render -w DIR --prior {prior}`",
+        )
+    return Workspace.create(root or Path.cwd() / f"eclipse-{made.name}-pictures", made)
 
 
 def _public(name: str) -> str:

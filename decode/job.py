@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..pipeline.core.card import MAX_DENOISING_STEPS, Scheduler, resolve
+from ..pipeline.core import hub
+from ..pipeline.core.card import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, Scheduler, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
-from .layouts import DEFAULT_SAMPLES, Picture, plan
+from .layouts import DEFAULT_SAMPLES, Picture, plan, slug
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SHAPES_PROMPTS_PER_CATEGORY = 4
 TEXT_PRIOR = "text"  # in place of a prior: the raw text embedding, the baseline every comparison needs
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+MIN_SIDE = 16  # pixels of a picture
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -40,6 +40,10 @@ class Options:
     guidance_scale: float | None = None
     scheduler: str | None = None
     blank_decoder_text: bool = False  # Karlo's decoder sees the empty caption instead of the prompt
+    negative_prompt: str | None = None  # what guidance leads away from, through the prior
+    width: int | None = None  # of the pictures in pixels; the card's side where one is left out
+    height: int | None = None
+    prompt_column: str | None = None  # of a .csv or .tsv, in place of Prompt
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Job:
     guidance_scale: float
     scheduler: str | None
     blank_decoder_text: bool
+    negative_prompt: str | None
+    size: tuple[int, int]
+    seed: int
     settings: dict[str, Any]
     is_stage: bool
 
@@ -70,7 +77,7 @@ def plan_job(ws: Workspace, options: Options) -> Job:
             decoder that is not there. EclipseError: there is no trained prior.
     """
     card, layout = ws.card, options.layout
-    prompts = _prompts(ws, options.prompts)
+    prompts = _prompts(ws, options.prompts, options.prompt_column)
     default_samples = card.render.samples if layout == "flat" else DEFAULT_SAMPLES.get(layout, 1)
     samples = default_samples if options.samples is None else options.samples
     seed = card.render.seed if options.seed is None else options.seed
@@ -81,7 +88,9 @@ def plan_job(ws: Workspace, options: Options) -> Job:
     steps = card.decoder.steps if options.steps is None else options.steps
     guidance = card.decoder.guidance_scale if options.guidance_scale is None else options.guidance_scale
     scheduler = card.decoder.scheduler if options.scheduler is None else options.scheduler
-    _check_decoder(card.decoder, steps, guidance, scheduler, options.blank_decoder_text)
+    size = (options.width or card.decoder.image_size, options.height or card.decoder.image_size)
+    negative = (options.negative_prompt or "").strip() or None
+    _check_decoder(card.decoder, steps, guidance, scheduler, options.blank_decoder_text, negative, size)
     settings = {
         "layout": layout,
         "samples": samples,
@@ -90,29 +99,39 @@ def plan_job(ws: Workspace, options: Options) -> Job:
         "prior": prior_identity(prior),
         "encoder": card.section_fingerprint("encoder")[:16],
         "decoder": card.decoder.path,
-        "image_size": card.decoder.image_size,
+        "image_size": size[0] if size[0] == size[1] else f"{size[0]} × {size[1]}",
         "steps": steps,
         "guidance_scale": guidance,
         "scheduler": scheduler,
         "blank_decoder_text": options.blank_decoder_text,
+        **({"negative_prompt": negative} if negative else {}),
     }
     is_stage = options == Options()
     return Job(
         prompts=tuple(prompts),
         pictures=tuple(pictures),
-        folder=_folder(ws, options, is_stage),
+        folder=_folder(ws, options, is_stage, settings),
         prior=prior,
         steps=steps,
         guidance_scale=guidance,
         scheduler=scheduler,
         blank_decoder_text=options.blank_decoder_text,
+        negative_prompt=negative,
+        size=size,
+        seed=seed,
         settings=settings,
         is_stage=is_stage,
     )
 
 
 def _check_decoder(
-    section: DecoderSection, steps: int, guidance: float, scheduler: str | None, blank_text: bool
+    section: DecoderSection,
+    steps: int,
+    guidance: float,
+    scheduler: str | None,
+    blank_text: bool,
+    negative: str | None,
+    size: tuple[int, int],
 ) -> None:
     """Raise UsageError for settings that this kind of decoder would refuse later, after minutes of loading."""
     karlo = section.kind == "karlo"
@@ -125,9 +144,30 @@ def _check_decoder(
         raise UsageError(f"unknown scheduler {scheduler!r}", hint=f"use one of: {', '.join(get_args(Scheduler))}")
     if scheduler is not None and karlo:
         raise UsageError("Karlo's decoder has one scheduler of its own", hint="leave decoder.scheduler out")
+    if negative and karlo:
+        raise UsageError("Karlo's decoder takes no negative prompt", hint="leave --negative out")
+    if negative and guidance <= 1:
+        raise UsageError(
+            f"a negative prompt has no effect at a guidance scale of {guidance:g}",
+            hint="use --guidance-scale 4 or more",
+        )
+    if not all(MIN_SIDE <= side <= MAX_IMAGE_SIZE for side in size):
+        raise UsageError(f"pictures of {size[0]} × {size[1]} px", hint=f"use sides of {MIN_SIDE} to {MAX_IMAGE_SIZE}")
+    if not karlo and (levels := _movq_levels(Path(resolve(section.path)))) is not None:
+        from .kandinsky import require_size
+
+        require_size(size, levels)
     if blank_text and not karlo:
         raise UsageError(f"a {section.kind} decoder reads no text", hint="leave --blank-decoder-text out")
     _require_place(resolve(section.path), "decoder", hint="name a directory or a hub id (decoder.path in the card)")
+
+
+def _movq_levels(decoder: Path) -> int | None:
+    """How many levels a local decoder's MoVQ has; None where its config cannot be read, which loading will explain."""
+    try:
+        return len(json.loads((decoder / "movq" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _require_place(name: str, what: str, *, hint: str) -> None:
@@ -137,15 +177,18 @@ def _require_place(name: str, what: str, *, hint: str) -> None:
         return
     if name and path.exists():
         raise UsageError(f"this is a file, not the directory of a {what}", where=name, hint=hint)
-    if not HUB_ID.fullmatch(name):
+    if not hub.is_hub_id(name):
         raise UsageError(f"no such {what}", where=repr(name) if not name.strip() else name, hint=hint)
 
 
-def _folder(ws: Workspace, options: Options, is_stage: bool) -> Path:
+def _folder(ws: Workspace, options: Options, is_stage: bool, settings: dict[str, Any]) -> Path:
     if options.out is not None:
         return Path(options.out)
     if isinstance(options.prompts, Path):
         return ws.renders / f"{options.prompts.stem}-{options.layout}"
+    if options.prompts is not None and len(options.prompts) == 1:
+        # A prompt typed on the command line, and again with another seed: each has a folder of its own.
+        return ws.renders / f"{slug(options.prompts[0], 48) or 'prompt'}-{_digest(settings)[:6]}"
     return ws.renders / ("default" if is_stage else f"custom-{options.layout}")
 
 
@@ -172,9 +215,11 @@ def prior_identity(prior: str) -> str:
         ) from None
 
 
-def _prompts(ws: Workspace, prompts: Path | Sequence[str] | None) -> list[Prompt]:
+def _prompts(ws: Workspace, prompts: Path | Sequence[str] | None, column: str | None) -> list[Prompt]:
     if isinstance(prompts, Path):
-        return read_prompts(prompts)
+        return read_prompts(prompts, column=column)
+    if column is not None:
+        raise UsageError("only a .csv or .tsv has columns", hint="leave --prompt-column out, or name such a file")
     if prompts is not None or ws.card.render.prompts:
         return prompts_of(prompts if prompts is not None else ws.card.render.prompts)
     return default_prompts(ws.card, SHAPES_PROMPTS_PER_CATEGORY)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from ..pipeline.cache.packed_text import TextFeatures
+from ..pipeline.core.card import Scheduler
 from ..pipeline.core.errors import EclipseError, UsageError
 from .decoder import Unconditional, generators_of, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NEGATIVE_FILE = "negative_image_embedding.safetensors"
-SCHEDULERS = ("ddpm", "ddim")
 DEFAULT_IMAGE_SIZE = 512
 
 
@@ -26,12 +26,13 @@ class KandinskyDecoder:
 
     name = "kandinsky22"
 
-    def __init__(self, pipe: Any, negative: torch.Tensor, image_size: int, device: str) -> None:
+    def __init__(self, pipe: Any, negative: torch.Tensor, size: tuple[int, int], device: str) -> None:
         self.pipe = pipe
         self.negative = negative
-        self.image_size = image_size
+        self.width, self.height = size
         self.embedding_dim = int(pipe.unet.config.encoder_hid_dim)
-        self.batch_size = pictures_at_once(image_size, device)
+        self.batch_size = pictures_at_once(round((self.width * self.height) ** 0.5), device)
+        require_size(size, len(pipe.movq.config.block_out_channels))
         if negative.numel() != self.embedding_dim:
             raise EclipseError(
                 f"the negative image embedding has {negative.numel()} dims, the decoder takes {self.embedding_dim}",
@@ -44,15 +45,15 @@ class KandinskyDecoder:
         path: str,
         *,
         unconditional: Unconditional,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         scheduler: str | None = None,
         device: str = "cpu",
     ) -> KandinskyDecoder:
         from diffusers import KandinskyV22Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
-        negative = read_negative(path)
-        if negative is None:
-            negative = unconditional.image_embedding
+        size = image_size or DEFAULT_IMAGE_SIZE
+        found = (unconditional.negative, read_negative(path), unconditional.image_embedding)
+        negative = next((embedding for embedding in found if embedding is not None), None)
         if negative is None:
             raise EclipseError(
                 "guidance needs the embedding of an all-zero picture", where=path, hint=f"put {NEGATIVE_FILE} beside it"
@@ -66,7 +67,8 @@ class KandinskyDecoder:
         pipe.movq.to(memory_format=torch.channels_last)
         if scheduler is not None:
             pipe.scheduler = _scheduler(scheduler, pipe.scheduler)
-        return cls(pipe, negative.to(device, dtype).reshape(-1), image_size or DEFAULT_IMAGE_SIZE, device)
+        size = (size, size) if isinstance(size, int) else size
+        return cls(pipe, negative.to(device, dtype).reshape(-1), size, device)
 
     @torch.inference_mode()
     def decode(
@@ -83,8 +85,8 @@ class KandinskyDecoder:
         return self.pipe(
             image_embeds=embedding,
             negative_image_embeds=self.negative.expand_as(embedding),
-            height=self.image_size,
-            width=self.image_size,
+            height=self.height,
+            width=self.width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators_of(seeds),
@@ -105,13 +107,35 @@ def read_negative(path: str) -> torch.Tensor | None:
         raise EclipseError(f"not a file of one tensor: {error}", where=str(file), hint="remove or replace it") from None
 
 
-def _scheduler(name: str, shipped: Any) -> Any:
-    from diffusers import DDIMScheduler, DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+def require_size(size: tuple[int, int], levels: int) -> None:
+    """Raise UsageError unless pictures of this width and height can be made by a MoVQ of so many levels.
 
-    if name not in SCHEDULERS:
-        raise UsageError(f"unknown scheduler {name!r}", hint=f"use one of: {', '.join(SCHEDULERS)}")
+    The pipeline rounds any other size up, without a word: to multiples of 64 px with the published decoder's 4 levels.
+    """
+    step = 4 ** (levels - 1)  # latents are smaller by 2^(levels - 1), and their sides a multiple of the same
+    if any(side % step for side in size):
+        nearest = " × ".join(str(max(step, round(side / step) * step)) for side in size)
+        raise UsageError(
+            f"this decoder makes no pictures of {size[0]} × {size[1]} px: sides are multiples of {step}",
+            hint=f"use {nearest} (decoder.image_size in the card, or --width and --height)",
+        )
+
+
+def _scheduler(name: str, shipped: Any) -> Any:
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler  # pyright: ignore[reportPrivateImportUsage]
+
+    names = get_args(Scheduler)
+    if name not in names:
+        raise UsageError(f"unknown scheduler {name!r}", hint=f"use one of: {', '.join(names)}")
     if name == "ddpm":
         return DDPMScheduler.from_config(shipped.config)
-    # The pipeline drops the UNet's variance channels only where the scheduler names no learned variance.
+    # The pipeline drops the UNet's variance channels only where the scheduler names no learned variance. It scales no
+    # sample before the UNet either, which rules out the schedulers that want that, Euler's among them.
     config = {key: value for key, value in shipped.config.items() if key != "variance_type"}
-    return DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    if name == "ddim":
+        return DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    kind = "sde-dpmsolver++" if name == "dpm++-sde" else "dpmsolver++"
+    karras = name == "dpm++-karras"
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type=kind, use_karras_sigmas=karras, timestep_spacing="trailing"
+    )

@@ -104,7 +104,7 @@ class KarloDecoder:
         path: str,
         *,
         unconditional: Unconditional,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         scheduler: str | None = None,
         device: str = "cpu",
     ) -> KarloDecoder:
@@ -129,7 +129,7 @@ class KarloDecoder:
             for name in ("decoder_scheduler", "super_res_scheduler")
         }
         made = cls(Parts(**models, **schedulers), unconditional.caption.cast(device, dtype), device)
-        if image_size not in (None, made.image_size):
+        if image_size not in (None, made.image_size, (made.image_size, made.image_size)):
             raise UsageError(
                 f"this decoder makes pictures of {made.image_size} px, not {image_size}",
                 where=path,

@@ -35,6 +35,7 @@ def plan(layout: str, prompts: Sequence[Prompt], samples: int, seed: int) -> lis
         raise UsageError(f"{samples} samples a prompt", hint="ask for at least one")
     if layout == "dpg" and samples != 4:
         raise UsageError(f"{samples} samples a prompt: a DPG-Bench file is a 2×2 grid", hint="use --samples 4")
+    _require_readable(layout, prompts)
     seeds = _seeds(prompts, samples, seed)
     if layout == "dpg":
         names = _unique([_safe(prompt.name) for prompt in prompts])
@@ -46,6 +47,38 @@ def plan(layout: str, prompts: Sequence[Prompt], samples: int, seed: int) -> lis
     ]
 
 
+def _require_readable(layout: str, prompts: Sequence[Prompt]) -> None:
+    """Raise UsageError for prompts that the layout's scorer would misread, or could not read at all."""
+    for number, prompt in enumerate(prompts, 1):
+        where = f"prompt {number}: {prompt.text[:60]}"
+        if layout == "geneval" and not (
+            isinstance(prompt.metadata.get("tag"), str) and isinstance(prompt.metadata.get("include"), list)
+        ):
+            raise UsageError(
+                "GenEval's scorer needs `tag` and `include` with each prompt",
+                where=where,
+                hint="use GenEval's own evaluation_metadata.jsonl, or --layout flat",
+            )
+        if layout == "t2i-compbench" and "_" in prompt.text:
+            raise UsageError(
+                "T2I-CompBench's scorer reads the prompt out of the file's name, up to the first '_'",
+                where=where,
+                hint="write it without '_', or use --layout flat",
+            )
+        if layout == "t2i-compbench" and len(prompt.text.encode()) > MAX_NAME_BYTES:
+            raise UsageError(
+                f"T2I-CompBench's scorer reads the prompt out of the file's name, which holds {MAX_NAME_BYTES} bytes",
+                where=where,
+                hint="shorten it, or use --layout flat",
+            )
+        if layout == "dpg" and not prompt.own_file:
+            raise UsageError(
+                "DPG-Bench's scorer finds a prompt by its picture's name, and prompts of a list have none",
+                where=where,
+                hint="name the folder of DPG-Bench's prompts, a .txt file each",
+            )
+
+
 def _path(layout: str, i: int, k: int, prompt: Prompt, samples: int) -> Path:
     if layout == "geneval":  # the scorer enters every folder of digits
         return Path(f"{i:05d}", "samples", f"{k:04d}.png")
@@ -53,8 +86,12 @@ def _path(layout: str, i: int, k: int, prompt: Prompt, samples: int) -> Path:
         return Path("samples", f"{_safe(prompt.text)}_{i * samples + k:06d}.png")
     if layout == "hrs":
         return Path("samples", f"{i:05d}_{k:02d}.png")
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
-    return Path("samples", f"{i:05d}_{k:02d}_{slug}.png")
+    return Path("samples", f"{i:05d}_{k:02d}_{slug(prompt.text, 60)}.png")
+
+
+def slug(text: str, most: int) -> str:
+    """The words of a text as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:most]
 
 
 def _seeds(prompts: Sequence[Prompt], samples: int, seed: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ GENERAL_PROMPTS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `name`: the file's stem where each prompt is a file; `metadata`: what GenEval's scorer reads."""
+    """One prompt. `name`: its number, or the stem of its own file, if it has one; `metadata`: for GenEval's scorer."""
 
     text: str
     name: str
@@ -43,17 +43,46 @@ class Prompt:
     category: str = ""
     split: str = ""
     wanted: ShapesPrompt | None = None  # what the shapes world's checker judges by
+    own_file: bool = False
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def typed(words: Sequence[str]) -> Path | list[str] | None:
+    """What somebody typed in place of prompts: a file or folder, or else the text of one prompt; None: nothing.
+
+    Raises:
+        UsageError: several words, or the name of a prompts file that is not there.
+    """
+    if not words:
+        return None
+    if len(words) > 1:
+        raise UsageError(
+            f"{len(words)} arguments where one is wanted",
+            hint=f'put a prompt in quotes, `eclipse render "{" ".join(words)[:60]}"`, or several into a file',
+        )
+    (word,) = words
+    path = Path(word).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # longer than any file name, or with a character that none has
+        return [word]
+    if path.suffix.lower() in FORMATS or (" " not in word and word.endswith("/")):
+        raise UsageError("no such prompts file", where=word, hint=_FORMATS_HINT)
+    return [word]
+
+
+def read_prompts(path: Path, *, column: str | None = None) -> list[Prompt]:
     """Read .txt (one a line), .jsonl (GenEval metadata), .tsv or .csv (a Prompt column), or a folder of .txt files.
 
-    Blank lines are skipped; a prompt's name is its line's number all the same.
+    Blank lines are skipped; a prompt's name is its line's number all the same. column: of a .tsv or .csv, in place of
+    Prompt; HRS-Bench's files have several.
 
     Raises:
         UsageError: naming file and line, for whatever cannot be read as a prompt.
     """
     path = Path(path)
+    if column is not None and (path.is_dir() or path.suffix.lower() not in (".tsv", ".csv")):
+        raise UsageError("only a .csv or .tsv has columns", where=str(path), hint="leave --prompt-column out")
     if path.is_dir():
         prompts = [_one_in_file(file) for file in sorted(path.glob("*.txt"))]
     elif not path.is_file():
@@ -61,8 +90,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     elif path.suffix.lower() not in FORMATS:
         raise UsageError(f"unknown kind of file: {path.suffix or 'no suffix'}", where=str(path), hint=_FORMATS_HINT)
     else:
-        reader = {".txt": _text, ".jsonl": _jsonl, ".tsv": _table, ".csv": _table}[path.suffix.lower()]
-        prompts = list(reader(path))
+        reader = {".txt": _text, ".jsonl": _jsonl}.get(path.suffix.lower())
+        prompts = list(_table(path, column or "Prompt") if reader is None else reader(path))
     if not prompts:
         raise UsageError("no prompts in it", where=str(path), hint="write one prompt a line")
     return prompts
@@ -123,18 +152,23 @@ def _jsonl(path: Path) -> Iterator[Prompt]:
         yield _checked(entry["prompt"], where, name=f"{number - 1:05d}", metadata=entry, category=category)
 
 
-def _table(path: Path) -> Iterator[Prompt]:
-    """PartiPrompts and its like: a header line with a column named Prompt, and perhaps one named Category."""
+def _table(path: Path, named: str) -> Iterator[Prompt]:
+    """PartiPrompts and its like: a header line with the named column, and perhaps one named Category."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     # PartiPrompts has bare quotation marks inside fields: in a .tsv they are plain characters.
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=separator, quoting=quoting)
     try:
         header = [name.strip().lower() for name in next(filter(_filled, reader), [])]
-        if "prompt" not in header:
+        if named.strip().lower() not in header:
             where = f"{path}:{max(1, reader.line_num)}"
-            raise UsageError("the first line names no column 'Prompt'", where=where, hint="add a header line")
-        column = header.index("prompt")
+            columns = ", ".join(name[:40] for name in header[:12] if name)
+            raise UsageError(
+                f"the first line names no column {named!r}",
+                where=where,
+                hint=f"add a header line, or name a column with --prompt-column: {columns}",
+            )
+        column = header.index(named.strip().lower())
         category = header.index("category") if "category" in header else None
         for i, row in enumerate(reader):
             where = f"{path}:{reader.line_num}"
@@ -154,7 +188,8 @@ def _filled(row: list[str]) -> bool:
 
 
 def _one_in_file(path: Path) -> Prompt:
-    return _checked(" ".join(line.strip() for _, line in _lines(path)), str(path), name=path.stem)
+    prompt = _checked(" ".join(line.strip() for _, line in _lines(path)), str(path), name=path.stem)
+    return replace(prompt, own_file=True)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

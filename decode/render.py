@@ -12,6 +12,7 @@ from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.files import atomic_path
 from . import manifest
 from .job import Job, Options, plan_job
+from .layouts import picture_seed
 
 if TYPE_CHECKING:
     import torch
@@ -156,16 +157,20 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
         limit = f"{len(cut)} prompts fill the encoder's {encoder.context_length} tokens"
         progress.say(f"{limit}, the rest of them is not read; the first: {first}…")
     blank = unconditional(ws, encoder, card.decoder.kind, progress)
+    nothing = encode_texts(encoder, [job.negative_prompt], progress) if job.negative_prompt else None
     del encoder
     row_of = {prompt: row for row, prompt in enumerate(used)}
     shots = [(row_of[picture.prompt], seed) for picture in missing for seed in picture.seeds]
     rows = [row for row, _ in shots]
     embeddings = predict(job.prior, texts, rows, [seed for _, seed in shots], device)
+    if nothing is not None:
+        seed = picture_seed(job.seed, str(job.negative_prompt), 0)
+        blank = replace(blank, negative=predict(job.prior, nothing, [0], [seed], device)[0])
     decoder = load_decoder(
         card.decoder.kind,
         resolve(card.decoder.path),
         unconditional=blank,
-        image_size=card.decoder.image_size,
+        image_size=job.size,
         scheduler=job.scheduler,
         device=device,
     )
@@ -220,7 +225,7 @@ def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Imag
         own = [next(rest) for _ in picture.seeds]
         info = PngInfo()
         info.add_itxt("prompt", job.prompts[picture.prompt].text)
-        for key in MARKS:
+        for key in (*MARKS, *(["negative_prompt"] if job.negative_prompt else [])):
             info.add_itxt(key, str(job.settings[key]))
         info.add_text("seed", " ".join(str(seed) for seed in picture.seeds))
         with atomic_path(job.folder / picture.path) as temporary:

@@ -37,7 +37,7 @@ SHOWN_KEYS = 12  # of those that are wrong
 MOST_NODES = 20_000  # of a card's YAML, each alias counted as what it stands for
 MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
 
-Scheduler = Literal["ddpm", "ddim"]
+Scheduler = Literal["ddpm", "ddim", "dpm++", "dpm++-karras", "dpm++-sde"]
 
 # Whose outputs a stage's own are made from. Rendering and evaluating do not depend on each other.
 BUILT_ON: dict[str, str | None] = {

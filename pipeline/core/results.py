@@ -76,6 +76,16 @@ def show_cards(result: dict[str, Any]) -> None:
     print("`eclipse cards NAME` prints one in full; `eclipse init NAME DIR` starts a workspace from it.")
 
 
+def show_push(result: dict[str, Any]) -> None:
+    """What was sent, or would be, and where it is now."""
+    table(["file", "bytes"], list(result["files"].items()))
+    if result["sent"]:
+        print(f"\nsent to {result['address']}")
+    else:
+        print(f"\nnothing was sent; this would go to {result['repository']}, with this model card:\n")
+        print(result["model_card"])
+
+
 def show_experiment(result: dict[str, Any]) -> None:
     """An experiment's setting, its tables, what follows from them, and where the page is."""
     show = {"separation": _show_separation, "reduction": _show_reduction, "sweep": _show_sweep}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from eclipse.decode.export import FILES, describe, export_prior, push_prior, read_record
+from eclipse.decode.export import FILES, describe, export_prior, push_prior, read_record, workspace_for
 from eclipse.pipeline.core import hub as client
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
@@ -98,6 +98,26 @@ def test_a_dry_run_sends_nothing(ws: Workspace, monkeypatch: pytest.MonkeyPatch)
     assert 'eclipse.load("me/prior")' in summary["model_card"]
     with pytest.raises(UsageError, match="no repository's id"):
         push_prior(ws, "prior", QUIET, dry_run=True)
+
+
+def test_rendering_outside_a_workspace_takes_the_prior_s_own_card(
+    ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_prior(ws, tmp_path / "out", QUIET)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="its decoder is a directory"):  # no path from a file is followed
+        workspace_for(None, None, "out")
+    record = json.loads((tmp_path / "out" / "eclipse.json").read_text())
+    record["card"]["decoder"]["path"] = "{models}/decoder"
+    (tmp_path / "out" / "eclipse.json").write_text(json.dumps(record))
+    made = workspace_for(None, None, "out")
+    assert made.root == tmp_path / "eclipse-tiny-pictures" and made.card.encoder == ws.card.encoder
+    assert workspace_for(None, ws.root, "out").root == ws.root
+    with pytest.raises(UsageError, match="no workspace here"):
+        workspace_for(None, None, None)
+    (tmp_path / "out" / "eclipse.json").unlink()
+    with pytest.raises(UsageError, match=r"no eclipse\.json with this prior"):
+        workspace_for(None, None, "out")
 
 
 PUSH_AND_LOAD = """

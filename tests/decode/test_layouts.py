@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from eclipse.decode.layouts import plan
 from eclipse.decode.prompts import Prompt, prompts_of
@@ -11,7 +13,8 @@ PROMPTS = prompts_of(["a red dog", "a cat / a hat"])
 
 
 def paths(layout: str, samples: int) -> list[str]:
-    return [picture.path.as_posix() for picture in plan(layout, PROMPTS, samples, seed=0)]
+    prompts = [replace(p, metadata={"prompt": p.text, "tag": "colors", "include": []}) for p in PROMPTS]
+    return [picture.path.as_posix() for picture in plan(layout, prompts, samples, seed=0)]
 
 
 def test_geneval() -> None:
@@ -34,7 +37,7 @@ def test_t2i_compbench_numbers_run_on_and_prompts_make_safe_names() -> None:
 
 @pytest.mark.parametrize("text", ["../../etc/passwd", ".hidden", "日本" * 400, "é" * 400, "x\\y"])
 def test_no_prompt_escapes_its_folder_or_is_too_long(text: str) -> None:
-    for layout in ("flat", "t2i-compbench"):
+    for layout in ("flat", "t2i-compbench") if len(text) < 400 else ("flat",):
         (picture,) = plan(layout, prompts_of([text]), 1, seed=0)
         name = picture.path.name
         assert picture.path.parts == ("samples", name)
@@ -43,14 +46,29 @@ def test_no_prompt_escapes_its_folder_or_is_too_long(text: str) -> None:
 
 
 def test_dpg_is_one_grid_of_four_a_prompt() -> None:
-    prompts = [Prompt("a", "partiprompts1"), Prompt("b", "drawtext2")]
+    prompts = [Prompt("a", "partiprompts1", own_file=True), Prompt("b", "drawtext2", own_file=True)]
     pictures = plan("dpg", prompts, 4, seed=0)
     assert [p.path.as_posix() for p in pictures] == ["samples/partiprompts1.png", "samples/drawtext2.png"]
     assert [len(p.seeds) for p in pictures] == [4, 4]
     with pytest.raises(UsageError, match="2×2 grid"):
         plan("dpg", prompts, 1, seed=0)
     with pytest.raises(UsageError, match=r"written to same\.png"):
-        plan("dpg", [Prompt("a", "same"), Prompt("b", "same")], 4, seed=0)
+        plan("dpg", [Prompt("a", "same", own_file=True), Prompt("b", "same", own_file=True)], 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "said"),
+    [
+        ("geneval", "a dog", "needs `tag` and `include`"),
+        ("t2i-compbench", "a snake_case dog", "up to the first '_'"),
+        ("t2i-compbench", "é" * 400, "holds 220 bytes"),
+        ("dpg", "a dog", "prompts of a list have none"),
+    ],
+)
+def test_what_a_scorer_cannot_read_is_refused(layout: str, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        plan(layout, prompts_of(["a cat", text][layout != "t2i-compbench" :]), 4, seed=0)
+    assert text[:20] in str(caught.value.where)
 
 
 def test_hrs_and_flat() -> None:

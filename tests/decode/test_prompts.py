@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from eclipse.decode.prompts import GENERAL_PROMPTS, default_prompts, prompts_of, read_prompts
+from eclipse.decode.prompts import GENERAL_PROMPTS, default_prompts, prompts_of, read_prompts, typed
 from eclipse.lab.shapes import CATEGORIES
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import UsageError
@@ -124,3 +124,26 @@ def test_default_prompts_of_the_shapes_world_cover_every_category_and_split() ->
     assert all(p.wanted is not None and p.wanted.text == p.text for p in prompts)
     other = card.model_copy(update={"source": Card.load("coco").source})
     assert [p.text for p in default_prompts(other, 2)] == list(GENERAL_PROMPTS)
+
+
+def test_a_column_by_name_as_in_hrs(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", "level,synthetic_prompt\n1,a red dog\n")
+    assert [p.text for p in read_prompts(path, column="synthetic_prompt")] == ["a red dog"]
+    with pytest.raises(UsageError) as caught:
+        read_prompts(path)
+    assert "--prompt-column: level, synthetic_prompt" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="has columns"):
+        read_prompts(write(tmp_path / "p.txt", "a dog"), column="x")
+
+
+def test_what_is_typed_is_a_file_or_one_prompt(tmp_path: Path) -> None:
+    assert typed([]) is None
+    assert typed(["a red cube"]) == ["a red cube"]
+    assert typed(["x" * 300]) == ["x" * 300]  # longer than any file's name
+    path = write(tmp_path / "p.txt", "a dog")
+    assert typed([str(path)]) == path and typed([str(tmp_path)]) == tmp_path
+    with pytest.raises(UsageError, match="no such prompts file"):
+        typed(["promts.txt"])
+    with pytest.raises(UsageError) as caught:
+        typed(["a", "red", "cube"])
+    assert 'eclipse render "a red cube"' in str(caught.value.hint)

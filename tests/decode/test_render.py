@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from eclipse.decode import render as module
 from eclipse.decode.render import render
+from eclipse.pipeline.core.card import Scheduler
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
@@ -19,6 +20,7 @@ from records import forget
 from tiny_workspace import DIM, make_workspace, save_tiny_prior
 
 QUIET = Progress(quiet=True)
+SCHEDULERS = get_args(Scheduler)
 TEXTS = ["a red dog", "two cats / a hat"]
 
 
@@ -98,11 +100,15 @@ def test_geneval_t2i_and_dpg_layouts(ws: Workspace, tmp_path: Path) -> None:
     names = sorted(path.name for path in (out / "samples").iterdir())
     assert names[0] == "a red dog_000000.png" and names[-1] == "two cats   a hat_000003.png" and len(names) == 4
 
-    grids = pixels(Path(render(ws, QUIET, prompts=TEXTS, layout="dpg")["folder"]))
+    folder = tmp_path / "dpg"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / f"item{i}.txt").write_text(text)
+    grids = pixels(Path(render(ws, QUIET, prompts=folder, layout="dpg")["folder"]))
     flat = pixels(Path(render(ws, QUIET, prompts=TEXTS, samples=4)["folder"]))
     first = [flat[name] for name in sorted(flat)][:4]
     grid = np.concatenate([np.concatenate(first[:2], axis=1), np.concatenate(first[2:], axis=1)])
-    assert np.abs(grids["samples/00000.png"] - grid).max() <= 1
+    assert np.abs(grids["samples/item0.png"] - grid).max() <= 1
 
 
 def test_an_interrupted_rendering_ends_in_the_same_pictures(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,3 +282,34 @@ def test_karlo_has_a_schedule_of_its_own(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             render(ws, QUIET, prompts=TEXTS, **options)
     assert not ws.renders.exists()
+
+
+def test_size_scheduler_and_negative_prompt(ws: Workspace) -> None:
+    plain = pixels(Path(render(ws, QUIET, prompts=TEXTS, width=128)["folder"]))
+    assert {picture.shape for picture in plain.values()} == {(64, 128, 3)}
+    away = render(ws, QUIET, prompts=TEXTS, width=128, negative_prompt="ugly", out=ws.root / "away")
+    assert not equal(plain, pixels(Path(away["folder"])))
+    for path in Path(away["folder"], "samples").iterdir():
+        with Image.open(path) as image:
+            assert image.info["negative_prompt"] == "ugly"
+    made = [
+        pixels(Path(render(ws, QUIET, prompts=TEXTS[:1], scheduler=name, steps=4)["folder"])) for name in SCHEDULERS
+    ]
+    assert len({next(iter(pictures.values())).tobytes() for pictures in made}) == len(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"width": 100}, "multiples of 64"),
+        ({"negative_prompt": "ugly", "guidance_scale": 1.0}, "no effect"),
+        ({"scheduler": "euler"}, "unknown scheduler"),
+        ({"prompt_column": "x"}, "has columns"),
+    ],
+)
+def test_what_cannot_be_rendered_is_said_at_once(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(module, "_load", lambda *_: pytest.fail("loaded a model"))
+    with pytest.raises(UsageError, match=said):
+        render(ws, QUIET, prompts=TEXTS, **options)
