@@ -225,6 +225,13 @@ def embed(
 def filter(
     card: Card = None,
     workspace: Root = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write no verdict: say what each rule would drop, alone and in sequence.")
+    ] = False,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", metavar="KEY=VALUE", help="A key of the card's filter section, for this run; repeat."),
+    ] = None,
     cluster: Cluster = "local",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -233,14 +240,38 @@ def filter(
 ) -> None:
     """Find copies and bad pairs by the card's rules.
 
-    Each row gets a verdict with a reason in selection.parquet; nothing is deleted.
+    Each row gets a verdict with a reason in selection.parquet; nothing is deleted. What takes long is kept, so that
+    filtering again under other rules takes seconds.
 
     \b
     Examples:
       eclipse filter
+      eclipse filter --dry-run --rule preset=datacomp_basic --rule min_side=256
       eclipse filter --overwrite        after changing the rules in eclipse.yaml
     """
-    _stage("filter", card, workspace, cluster, overwrite, quiet, as_json, debug)
+    options = {"dry_run": dry_run or None, "rules": rule or None}
+    _stage("filter", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
+
+
+@app.command()
+def why(
+    what: Annotated[str, typer.Argument(metavar="UID|KEY|URL", help="A row; the first 8 digits of a uid will do.")],
+    workspace: Root = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell a row's story, from the list to the batch.
+
+    \b
+    Examples:
+      eclipse why 000031415
+      eclipse why https://example.org/cat.jpg
+    """
+    from .pipeline.core.results import show_story
+    from .pipeline.core.stages import locate
+    from .why import tell
+
+    present(lambda progress: tell(locate(None, workspace), what, progress), show_story, as_json=as_json, debug=debug)
 
 
 @app.command()

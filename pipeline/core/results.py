@@ -14,6 +14,16 @@ def show_stage(stage: str, summary: dict[str, Any]) -> None:
     show_summary(summary, title=stage)
 
 
+def show_story(result: dict[str, Any]) -> None:
+    """What `eclipse why` found: each row's stages, one line each."""
+    for number, story in enumerate(result["rows"], start=1):
+        if len(result["rows"]) > 1:
+            print(f"row {number} of {result['found']:,}")
+        for stage, facts in story.items():
+            shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+            print(printable(f"  {stage:<9} {shown or 'done'}"))
+
+
 def show_run(result: dict[str, Any]) -> None:
     """The end of `eclipse run`: what each stage counted, the figures, and where the pictures are."""
     from .status import counts_text

@@ -55,6 +55,11 @@ class Evidence:
     def __init__(self, store: Store, shards: Mapping[int, ImageShard], folder: Path, progress: Progress) -> None:
         self.store, self.shards, self.folder, self.progress = store, shards, folder, progress
 
+    def _fresh(self) -> Store:
+        """The same store with nothing mapped: what was read for one kind of evidence need not stay for the next."""
+        self.store = type(self.store)(self.store.parts)
+        return self.store
+
     @cached_property
     def identity(self) -> str:
         """SHA-256 over the rows of each part and the checksums of the pages that evidence is drawn from."""
@@ -78,7 +83,7 @@ class Evidence:
         return {name: rows[columns == name] for name in sorted(set(columns.tolist()))}
 
     def _find_unsound(self) -> pa.Table:
-        self.store.verify(self.progress, columns=MAPPED)
+        self._fresh().verify(self.progress, columns=MAPPED)
         rows: list[np.ndarray] = []
         names: list[str] = []
         scores = ["clip_score", *self.store.meta.head_scores]
@@ -137,7 +142,7 @@ class Evidence:
         return caption_mismatch.Evidence(**columns, **about)
 
     def _weigh_captions(self) -> pa.Table:
-        rows, store = self.sound, self.store
+        rows, store = self.sound, self._fresh()
 
         def read(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             some = rows[positions]
@@ -192,6 +197,7 @@ class Evidence:
 
     def search(self, cosine: float, concordance: float | None, *, best_first: bool) -> Pairs:
         """Look-alikes among all pictures that have a sound row."""
+        self._fresh()
         pictures = np.flatnonzero(self.row_of_picture >= 0)
         rank = self.rank(best_first)[pictures]
         found = find_pairs(self.vectors(pictures), cosine, concordance, self.progress, rank=rank)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cache.part import HEAD_SCORES
-from ..core.errors import EclipseError
+from ..core.errors import EclipseError, UsageError
 from ..core.files import atomic_path
 from ..core.progress import Progress
 from ..core.workspace import Workspace
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..cache.store import Store
+    from ..core.card import FilterSection
     from .evidence import Evidence
     from .rules import Finding
 
@@ -26,7 +29,12 @@ FEWEST_ROWS = 20  # below, any share is plausible
 
 
 def filter_cache(
-    ws: Workspace, progress: Progress, *, overwrite: bool = False, dry_run: bool = False
+    ws: Workspace,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    rules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Judge every embedded row by the card's rules → summary with counts per reason.
 
@@ -35,11 +43,16 @@ def filter_cache(
     with, where there is one), duplicate_of {part, row} (null unless a copy; always a kept row), and SCORES (null where
     not computed).
 
-    dry_run: writes nothing but what filtering again would find anyway (see evidence.py), and says what each rule would
-    drop alone and in sequence. Raises EclipseError if `embed` is not done, if the filter was run with other settings
-    and not told to overwrite, or if a rule would drop a share of the rows that is implausible.
+    rules: KEY=VALUE each, in place of keys of the card's filter section. dry_run: writes nothing but what filtering
+    again would find anyway (see evidence.py), and says what each rule would drop alone and in sequence.
+
+    Raises EclipseError if `embed` is not done, if the filter was run with other settings and not told to overwrite, or
+    if a rule would drop a share of the rows that is implausible.
     """
-    with ws.stage("filter", overwrite=overwrite or dry_run) as run:  # a dry run asks what a changed card would do
+    options = _with_rules(ws.card.filter, rules)
+    given = {"rules": sorted(rules)} if rules else None
+    # A dry run asks what a changed card would do: that the stage was run with another is no obstacle.
+    with ws.stage("filter", overwrite=overwrite or dry_run, options=given) as run:
         if run.complete:
             return run.summary
         if ws.stage("embed").finished is None:
@@ -49,12 +62,12 @@ def filter_cache(
 
         evidence = Evidence(Store.open(ws.embeddings), shards_of(ws), ws.logs / "filter", progress)
         if dry_run:
-            return _dry_run(evidence, ws)
+            return _dry_run(evidence, ws, options)
         import pyarrow.parquet as pq
 
         from ..report.filter_page import filter_page
 
-        table, funnel, about = _judge(evidence, ws)
+        table, funnel, about = _judge(evidence, ws, options)
         run.begin()
         with atomic_path(ws.selection) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -66,12 +79,44 @@ def filter_cache(
             **about,
             "selection": str(ws.selection),
         }
-        close = [] if ws.card.filter.near_copy_cosine is None else evidence.near_misses(SHOWN)
+        close = [] if options.near_copy_cosine is None else evidence.near_misses(SHOWN)
         run.finish(summary, report=filter_page(ws, evidence.store, table, summary, funnel, close, progress))
     return run.summary
 
 
-def _judge(evidence: Evidence, ws: Workspace) -> tuple[pa.Table, dict[str, dict[str, Any]], dict[str, Any]]:
+def _with_rules(section: FilterSection, rules: Sequence[str]) -> FilterSection:
+    """The card's section with some keys replaced. UsageError for what is no key, or no value of it."""
+    import yaml
+    from pydantic import ValidationError
+
+    given: dict[str, Any] = {}
+    for rule in rules:
+        key, equals, value = rule.partition("=")
+        if not equals or key not in type(section).model_fields:
+            near = difflib.get_close_matches(key, type(section).model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else "the keys are those of `eclipse cards shapes`, under filter"
+            raise UsageError("no rule of that name" if equals else "a rule is KEY=VALUE", where=rule[:200], hint=hint)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given[key] = value
+    if not given:
+        return section
+    # Keys that are off and would be by default count as left out, or a preset named here could not fill them in.
+    defaults = type(section).model_fields
+    before = {k: v for k, v in section.model_dump().items() if v is not None or defaults[k].default is not None}
+    try:
+        return type(section).model_validate({**before, **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "filter"
+        what = problem["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{key}: {what}", where="--rule", hint="see `eclipse cards shapes`") from None
+
+
+def _judge(
+    evidence: Evidence, ws: Workspace, options: FilterSection
+) -> tuple[pa.Table, dict[str, dict[str, Any]], dict[str, Any]]:
     """Apply the rules → the selection table; seen, rejected and threshold by rule; what the summary says besides."""
     import numpy as np
 
@@ -87,8 +132,8 @@ def _judge(evidence: Evidence, ws: Workspace) -> tuple[pa.Table, dict[str, dict[
         scores[name] = np.array(store.column(name).to_numpy(), np.float32)
     funnel: dict[str, dict[str, Any]] = {}
     about: dict[str, Any] = {}
-    for name, seen, finding in rules.apply(evidence, ws.card.filter, ws.card.encoder, ws.root):
-        _require_plausible(name, seen, finding, ws)
+    for name, seen, finding in rules.apply(evidence, options, ws.card.encoder, ws.root):
+        _require_plausible(name, seen, finding, options, ws)
         reason[finding.rejected] = names.index(name)
         if finding.duplicate_of is not None:
             duplicate_of[finding.rejected] = finding.duplicate_of
@@ -107,9 +152,9 @@ def _judge(evidence: Evidence, ws: Workspace) -> tuple[pa.Table, dict[str, dict[
     return _table(store, names, reason, _settle(duplicate_of), scores), funnel, about
 
 
-def _require_plausible(name: str, seen: int, finding: Finding, ws: Workspace) -> None:
+def _require_plausible(name: str, seen: int, finding: Finding, options: FilterSection, ws: Workspace) -> None:
     """A threshold that leaves next to nothing is a mistake far more often than a wish."""
-    most = ws.card.filter.largest_drop or LARGEST_DROP
+    most = options.largest_drop or LARGEST_DROP
     if seen < FEWEST_ROWS or finding.stated or len(finding.rejected) <= most * seen:
         return
     limit = "" if finding.threshold is None else f" (threshold {finding.threshold:g})"
@@ -120,7 +165,7 @@ def _require_plausible(name: str, seen: int, finding: Finding, ws: Workspace) ->
     )
 
 
-def _dry_run(evidence: Evidence, ws: Workspace) -> dict[str, Any]:
+def _dry_run(evidence: Evidence, ws: Workspace, options: FilterSection) -> dict[str, Any]:
     """What each rule would drop: of all sound rows by itself, and of what the rules before it leave."""
     from . import rules
 
@@ -128,7 +173,7 @@ def _dry_run(evidence: Evidence, ws: Workspace) -> dict[str, Any]:
     counts: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     for alone in (True, False):
-        for name, seen, finding in rules.apply(evidence, ws.card.filter, ws.card.encoder, ws.root, alone=alone):
+        for name, seen, finding in rules.apply(evidence, options, ws.card.encoder, ws.root, alone=alone):
             dropped = len(finding.rejected)
             row = counts.setdefault(name, {})
             row["alone" if alone else "in_sequence"] = dropped
@@ -137,7 +182,7 @@ def _dry_run(evidence: Evidence, ws: Workspace) -> dict[str, Any]:
                 row["threshold"] = finding.threshold
                 warnings += [finding.warning] if finding.warning else []
             elif seen >= FEWEST_ROWS and not finding.stated:
-                most = ws.card.filter.largest_drop or LARGEST_DROP
+                most = options.largest_drop or LARGEST_DROP
                 if dropped > most * seen:
                     warnings.append(f"{name} would be stopped: it drops {dropped:,} of {seen:,} rows by itself")
     kept = len(store) - sum(row["in_sequence"] for row in counts.values())

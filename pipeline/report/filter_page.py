@@ -244,9 +244,8 @@ def _clusters(
     label = np.zeros(len(rows), np.int64)
     for _ in range(10):
         label = (embedding @ unit(centre).T).argmax(1)
-        total = np.zeros_like(centre)
-        np.add.at(total, label, embedding)
-        filled = np.bincount(label, minlength=CLUSTERS) > 0
+        member = (label[:, None] == np.arange(CLUSTERS)).astype(np.float32)
+        total, filled = member.T @ embedding, member.any(0)
         centre[filled] = total[filled]
     near = np.einsum("nd,nd->n", embedding, unit(centre)[label])
     found = []
