@@ -206,7 +206,8 @@ def main() -> None:
         body = table(columns, [line for line, *_ in found])
         if len(found) > 1:
             grown = np.log(options.rows[-1] / options.rows[0])
-            clock, processor = (np.log(found[-1][k] / found[0][k]) / grown for k in (1, 2))
+            (_, first, first_used), (_, last, last_used) = found[0], found[-1]
+            clock, processor = np.log(last / first) / grown, np.log(last_used / first_used) / grown
             body += f"\n\nTime grows with rows to the power of {clock:.2f}, processor time of {processor:.2f}."
         settings_filter = {**settings, "wrong captions planted": f"{WRONG_SHARE:.0%}", "copies": "5 %, within ±0.01"}
         title = "The whole filter at a million rows"
