@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..pipeline.core import hub
-from ..pipeline.core.card import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, Scheduler, resolve
+from ..pipeline.core.card import Scheduler, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.section import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE
 from .layouts import DEFAULT_SAMPLES, Picture, plan, slug
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pipeline.core.card import Card, ShapesSource
+from ..pipeline.core.card import Card
 from ..pipeline.core.errors import UsageError
 from ..pipeline.core.files import write_json
+from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from .shapes import CATEGORIES, World
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from ..decode.job import TEXT_PRIOR, prior_identity
 from ..decode.layouts import picture_seed
-from ..pipeline.core.card import ShapesSource, resolve
+from ..pipeline.core.card import resolve
 from ..pipeline.core.errors import EclipseError
 from ..pipeline.core.files import write_json
+from ..pipeline.core.source import ShapesSource
 from .shapes import CATEGORIES, Prompt, World
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from .shapes import World
 from .truth import Planted, caption_of, planted
 
 if TYPE_CHECKING:
-    from ..pipeline.core.card import ShapesSource
+    from ..pipeline.core.source import ShapesSource
 
 HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)  # below the range from which systems lend ports to outgoing connections

@@ -14,28 +14,25 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from .errors import UsageError
 from .files import atomic_path
+from .section import MANY, MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, MAX_SEED, NOTHING, Decides, Section
+from .source import PLACES, Source
 
 CARD_NAME = "eclipse.yaml"  # the resolved card in a workspace
 INSTALLATION = Path(__file__).resolve().parents[2]
 CARDS = INSTALLATION / "data_cards"
 MODELS = INSTALLATION / "lab" / "models"
 
-# Far above what anybody means, and below what the libraries behind a key break on.
-MANY = 1_000_000_000
-MAX_SEED = 2**32 - 1  # what torch's CPU generator reads of a seed
-MAX_IMAGE_SIZE = 4096
 LARGEST_CARD = 1 << 20  # bytes; a card that spells out every key takes about 6,000
 SHOWN_KEYS = 12  # of those that are wrong
 MOST_NODES = 20_000  # of a card's YAML, each alias counted as what it stands for
-MAX_DENOISING_STEPS = 1000  # the steps every published decoder was trained with
 
 Scheduler = Literal["ddpm", "ddim", "dpm++", "dpm++-karras", "dpm++-sde"]
 
@@ -52,80 +49,6 @@ STAGES = tuple(BUILT_ON)
 
 # Keys that once had other names, by section. They are still read, with a note; a workspace made before is recognised.
 RENAMED: dict[str, dict[str, str]] = {}
-
-
-@dataclass(frozen=True)
-class Decides:
-    """Beside a key's type: the first stages whose outputs it decides. What is built on those follows."""
-
-    stages: tuple[str, ...]
-
-
-NOTHING = Decides(())  # speed, patience, records: whatever changes here, what was made stays as good as it was
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys and numbers that are not finite are refused; nothing changes once loaded."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
-    decides: ClassVar[tuple[str, ...]] = ()  # the first stages whose outputs keys of this section decide
-
-
-class FetchOptions(Section):
-    """How pictures are fetched and stored; the same for every source."""
-
-    decides = ("download",)
-
-    image_size: int = Field(
-        256, ge=16, le=MAX_IMAGE_SIZE, description="side in pixels that stored pictures are resized to"
-    )
-    resize_mode: Literal["no", "border", "keep_ratio", "center_crop"] = Field(
-        "keep_ratio", description="img2dataset's resize mode; pictures are never enlarged"
-    )
-    rows_per_shard: int = Field(10_000, ge=1, le=MANY, description="rows of the URL list in one shard")
-    timeout_s: Annotated[float, NOTHING] = Field(10.0, gt=0, le=3600, description="seconds allowed for one URL")
-    retries: Annotated[int, NOTHING] = Field(2, ge=0, le=100, description="further passes over URLs that failed")
-
-
-class ShapesSource(FetchOptions):
-    """The closed world of coloured shapes, served over HTTP on the loopback address."""
-
-    kind: Literal["shapes"] = Field("shapes", description="shapes: the world that ships with the installation")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the world's scenes, captions and planted dirt")
-    rows: int = Field(8000, ge=1, le=100_000_000, description="rows of the served list, dirt included")
-    held_out: float = Field(0.15, ge=0, lt=1, description="share of (color, shape) compositions kept out of training")
-
-
-class UrlSource(FetchOptions):
-    """A list of image URLs and captions that the user has."""
-
-    kind: Literal["urls"] = Field("urls", description="urls: a list of your own")
-    urls: str | list[str] = Field(
-        description="Parquet, CSV, TSV, JSONL file(s), relative to the card's file; a shipped card's: to the workspace"
-    )
-    url_column: str = Field("url", description="column with the image URL")
-    caption_column: str = Field("caption", description="column with the caption")
-    expected_rows: Annotated[int | None, NOTHING] = Field(
-        None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
-    )
-
-    @field_validator("urls")
-    @classmethod
-    def _name_files(cls, urls: str | list[str]) -> str | list[str]:
-        names = [urls] if isinstance(urls, str) else urls
-        if not names or not all(name.strip() for name in names):
-            raise ValueError("name a file, or a list of at least one")
-        for name in names:
-            try:
-                Path(name).expanduser()
-            except RuntimeError:
-                raise ValueError("no home directory is known for the ~ here") from None
-        return urls
-
-    def paths(self, root: Path) -> list[Path]:
-        """The list's files; `root` is the workspace's directory."""
-        names = [self.urls] if isinstance(self.urls, str) else self.urls
-        return [root / Path(name).expanduser() for name in names]
 
 
 class EncoderSection(Section):
@@ -338,9 +261,6 @@ class EvaluateSection(Section):
     )
     rows: int = Field(2000, ge=2, le=MANY, description="validation rows for the metrics in embedding space, at most")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of prompts and noise")
-
-
-Source = Annotated[ShapesSource | UrlSource, Field(discriminator="kind")]
 
 
 class Card(Section):
@@ -578,19 +498,21 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _absolute_urls(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A user's card names its list relative to itself; a shipped card, to the workspace, whose own card lies there."""
+    """A user's card names its files relative to itself; a shipped card, to the workspace, whose own card lies there."""
     source = data.get("source")
-    if path.parent == CARDS or path.name == CARD_NAME or not isinstance(source, dict) or "urls" not in source:
+    if path.parent == CARDS or path.name == CARD_NAME or not isinstance(source, dict):
         return data
-    folder, urls = path.absolute().parent, source["urls"]
-    names = urls if isinstance(urls, list) else [urls]
-    resolved = [_beside(folder, name) for name in names]
-    return {**data, "source": {**source, "urls": resolved if isinstance(urls, list) else resolved[0]}}
+    folder, source = path.absolute().parent, dict(source)
+    for key in PLACES:
+        if key in source:
+            names = source[key]
+            source[key] = [_beside(folder, n) for n in names] if isinstance(names, list) else _beside(folder, names)
+    return {**data, "source": source}
 
 
 def _beside(folder: Path, name: Any) -> Any:
     """The full path of a file named relative to `folder`; what is no file name stays, for validation to refuse."""
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or "://" in name:
         return name
     try:
         return str(folder / Path(name).expanduser())
@@ -634,7 +556,11 @@ def _without_tag(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     section = str(loc[0])
     if section == "source" and len(loc) > 2:
-        models = [ShapesSource if loc[1] == "shapes" else UrlSource]
+        models = [
+            model
+            for model in get_args(get_args(Source)[0])
+            if loc[1] in get_args(model.model_fields["kind"].annotation)
+        ]
     else:
         models = [Card] if len(loc) == 1 else _models_of(section)
     return [field.alias or name for model in models for name, field in model.model_fields.items()]

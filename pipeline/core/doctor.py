@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .card import CARD_NAME, Card, ShapesSource, card_names, resolve
+from .card import CARD_NAME, Card, card_names, resolve
 from .errors import EclipseError
 from .progress import Progress
+from .source import expected_rows, named_files
 from .workspace import Workspace
 
 DISTRIBUTION = "eclipse-prior"
@@ -121,15 +122,11 @@ def _machine(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _card_needs(card: Card, root: Path) -> Iterator[dict[str, str]]:
-    if not isinstance(card.source, ShapesSource):
-        for path in card.source.paths(root):
-            found = path.exists()
-            yield check(
-                "ok" if found else "missing",
-                "URL list",
-                path,
-                "" if found else f"`eclipse cards {card.name}` says where to get it",
-            )
+    for path in named_files(card.source, root):
+        found = path.exists()
+        name = "URL list" if card.source.kind == "urls" else "pictures"
+        to_do = "" if found else f"`eclipse cards {card.name}` says where to get it"
+        yield check("ok" if found else "missing", name, path, to_do)
     yield _encoder_weights(card)
     yield _decoder_weights(card)
     yield from _state_cost(card, root)
@@ -185,7 +182,7 @@ def _rebuild(card: Card) -> str:
 
 def _state_cost(card: Card, root: Path) -> Iterator[dict[str, str]]:
     """What text states cost on disk (rows × real tokens × W × 2 bytes), and what running the tower costs instead."""
-    rows = card.source.rows if isinstance(card.source, ShapesSource) else card.source.expected_rows
+    rows = expected_rows(card.source)
     tower = text_tower(encoder_name(card)[0])
     if rows is None or tower is None:
         yield check("note", "text states", "cost unknown", "" if rows else "set source.expected_rows in the card")

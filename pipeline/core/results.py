@@ -63,7 +63,9 @@ def read_cards(name: str | None) -> dict[str, Any]:
 
 
 def _card_row(card: Any) -> dict[str, Any]:
-    rows = card.source.rows if card.source.kind == "shapes" else card.source.expected_rows
+    from .source import expected_rows
+
+    rows = expected_rows(card.source)
     encoder = card.encoder.model if card.encoder.pretrained is None else card.encoder.pretrained
     return {
         "title": card.title,

@@ -107,14 +107,21 @@ Record = TypeVar("Record", bound=Settings)
 class Stage:
     """One stage of a workspace: its records, and the context in which it runs.
 
-    options: those of the command line that stand in for keys of the card, without those that were left out. Which
-    process leads is told by RANK, as torchrun sets it; the others neither lock nor write here.
+    options: those of the command line that stand in for keys of the card, without those that were left out. go_on:
+    there is more to do though the stage is complete. Which process leads is told by RANK, as torchrun sets it; the
+    others neither lock nor write here.
     """
 
     def __init__(
-        self, ws: Workspace, name: str, *, overwrite: bool = False, options: Mapping[str, Any] | None = None
+        self,
+        ws: Workspace,
+        name: str,
+        *,
+        overwrite: bool = False,
+        go_on: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.ws, self.name, self.overwrite = ws, name, overwrite
+        self.ws, self.name, self.overwrite, self.go_on = ws, name, overwrite, go_on
         self.options = dict(options or {})
         self.complete = False
         self.summary: dict[str, Any] = {}
@@ -250,7 +257,7 @@ class Stage:
 
     def _is_complete(self) -> bool:
         done = None if self.overwrite else self.completed()
-        if done is not None:
+        if done is not None and not self.go_on:
             self.complete, self.summary = True, done
         return self.complete
 
@@ -305,6 +312,8 @@ class Stage:
         self._before = self.finished
         if self.overwrite:
             self._set_aside()
+        elif self.go_on and self._before is not None:  # no longer complete, and what it made stays
+            self.path("json").replace(self.path("stale.json"))
         write_json(self.path("begun.json"), asdict(self.settings))
 
     def give_up_old(self) -> None:

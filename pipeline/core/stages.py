@@ -12,6 +12,7 @@ from .card import CARD_NAME, STAGES, Card
 from .errors import UsageError
 from .files import write_json
 from .progress import Progress
+from .source import FetchOptions
 from .workspace import Workspace
 
 ENTRIES = {
@@ -23,7 +24,7 @@ ENTRIES = {
     "evaluate": ("trainer.evaluate", "evaluate"),
 }
 SHAPES_EVALUATION = ("lab.score", "evaluate_shapes")
-CLUSTERED = ("embed",)  # stages whose shard tasks can run on a cluster
+CLUSTERED = ("download", "embed")  # stages whose shard tasks can run on a cluster
 DEVICES = ("embed", "train")
 RESOURCES = ("gpus", "cluster")  # options that change how a stage runs, not what it makes
 
@@ -49,7 +50,9 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run one stage to its end and return its summary. A complete one answers from its state file alone."""
     asked = {name for name, value in options.items() if value is not None} - set(RESOURCES)
-    if not overwrite and not asked and (done := ws.stage(stage).completed()):
+    # Of pictures that are read where they lie there may be more by now: `embed` looks for itself.
+    looks = stage == "embed" and not isinstance(ws.card.source, FetchOptions)
+    if not overwrite and not asked and not looks and (done := ws.stage(stage).completed()):
         return done
     module_name, function_name = ENTRIES[stage]
     if stage == "evaluate" and ws.card.source.kind == "shapes":

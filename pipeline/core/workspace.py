@@ -118,9 +118,16 @@ class Workspace:
         finally:
             os.close(descriptor)
 
-    def stage(self, name: str, *, overwrite: bool = False, options: Mapping[str, Any] | None = None) -> Stage:
+    def stage(
+        self,
+        name: str,
+        *,
+        overwrite: bool = False,
+        go_on: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> Stage:
         """The context in which the stage `name` runs, and what it has on record: see stage.py."""
-        return Stage(self, name, overwrite=overwrite, options=options)
+        return Stage(self, name, overwrite=overwrite, go_on=go_on, options=options)
 
     def _sweep(self) -> None:
         """Put in order, and remove half-written, what a killed process left; for the holder of the lock alone."""

@@ -1,4 +1,4 @@
-"""The process that drives img2dataset, shard by shard. Started by fetchers.py; shards come in, events go out.
+"""The process that drives img2dataset, shard by shard. Started by pool.py; shards come in, events go out.
 
 One process for all that img2dataset prints and imports: the stage's own standard output stays clean, and the process
 ends at once when its parent does, since its standard input then does.
@@ -7,26 +7,31 @@ ends at once when its parent does, since its standard input then does.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
+import queue
 import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .http import Client, ClientSpec, FetchError
+from .outage import OutageError
+
 SHARDS_AT_A_TIME = 2  # while one waits for its slowest URLs, the other goes on
 EVERY_S = 0.2
-DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]  # of X-Robots-Tag; img2dataset's own defaults
-TOKEN = "eclipse"
 SHARD_DIGITS = 5
+_current = threading.local()  # the pool of the shard that a thread works on
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,16 @@ class FetchSpec:
     resize_mode: str
     encode_format: str  # jpg or png: also the extension in the tars
     rows_per_shard: int
-    timeout_s: float
-    threads: int  # downloads at a time in one shard
+    client: ClientSpec
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FetchSpec:
+        data = json.loads(text)
+        client: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["client"].items()}
+        return cls(**{**data, "client": ClientSpec(**client)})
 
 
 def shard_name(shard: int) -> str:
@@ -110,50 +120,125 @@ class Fitter:
             return None, None, None, None, None, f"unreadable: {error}"
 
 
+class FetchPool:
+    """Stands in for img2dataset's pool of threads: the same calls, answered by the process's one client.
+
+    auths: user:password of the URLs that have one, by their place in the shard. hashes: what pictures must have, or "".
+    """
+
+    def __init__(self, client: Client, auths: Mapping[int, str], hashes: list[str]) -> None:
+        self._client, self._auths, self._hashes = client, auths, hashes
+
+    def __enter__(self) -> FetchPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def imap_unordered(self, _fetch: object, rows: Iterable[tuple[int, str]]) -> Iterator[tuple]:
+        """(place, stream or None, error message or None) of every row, as they come; `rows` blocks when many wait."""
+        answers: queue.SimpleQueue[tuple[int, bytes | BaseException] | int] = queue.SimpleQueue()
+
+        def feed() -> None:
+            started = 0
+            for place, url in rows:
+                self._client.start(url, self._auths.get(place, ""), lambda result, at=place: answers.put((at, result)))
+                started += 1
+            answers.put(started)
+
+        threading.Thread(target=feed, daemon=True, name="feed").start()
+        expected, answered = -1, 0
+        while answered != expected:
+            answer = answers.get()
+            if isinstance(answer, int):
+                expected = answer
+                continue
+            answered += 1
+            place, result = answer
+            if isinstance(result, FetchError):
+                yield place, None, str(result)
+            elif isinstance(result, BaseException):
+                raise result
+            elif fault := _hash_fault(result, self._hashes[place]):
+                self._client.stored(len(result))
+                yield place, None, fault
+            else:
+                yield place, io.BytesIO(result), None
+                self._client.stored(len(result))
+
+    def terminate(self) -> None:
+        """There is nothing left to end."""
+
+    join = terminate
+
+
+def _hash_fault(data: bytes, expected: str) -> str | None:
+    """Published lists can be poisoned: the picture behind a URL may have been exchanged since its hash was taken."""
+    if not expected:
+        return None
+    kind = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}[len(expected)]
+    found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
+    return None if found == expected else f"wrong_hash: {kind} {found}"
+
+
 def fetch_shard(
-    spec: FetchSpec, shard: int, count: Callable[[int, int], None], fail: Callable[[Exception], None]
+    spec: FetchSpec,
+    shard: int,
+    client: Client,
+    auths: Mapping[int, str],
+    count: Callable[[int, int], None],
+    fail: Callable[[Exception], None],
 ) -> None:
     """Download one shard, whose rows lie in its work folder as rows.arrow, and commit its files to spec.images.
 
-    count(rows, failures) is told as rows are written; fail(error) at once when a write fails, which is final.
+    count(rows, failures) is told as rows are written; fail(error) at once when a write fails, which is final. Raises
+    OutageError when nothing answers any more.
     """
-    from img2dataset.downloader import Downloader
+    import img2dataset.downloader as module
+    import pyarrow as pa
     from img2dataset.writer import WebDatasetSampleWriter
 
+    module.ThreadPool = lambda threads: _current.pool
     images = Path(spec.images)
     folder = work_folder(images, shard)
+    orders = folder / "rows.arrow"
+    with pa.ipc.open_file(orders) as file:
+        table = file.read_all()
+    hashes = table.column("hash").to_pylist() if "hash" in table.column_names else [""] * len(table)
+    _current.pool = FetchPool(client, auths, hashes)
     writers: list[CountingWriter] = []
 
     def open_writer(*args: Any) -> CountingWriter:
         writers.append(CountingWriter(WebDatasetSampleWriter(*args), count, fail))
         return writers[-1]
 
-    downloader = Downloader(
+    downloader = module.Downloader(
         sample_writer_class=open_writer,
         resizer=Fitter(spec.image_size, spec.resize_mode, spec.encode_format),
-        thread_count=spec.threads,
+        thread_count=spec.client.concurrency,  # twice so many wait or are under way
         save_caption=True,
         extract_exif=False,
         output_folder=str(folder),
-        column_list=["row", "caption", "url"],
-        timeout=spec.timeout_s,
+        column_list=table.column_names,
+        timeout=spec.client.timeout_s,
         number_sample_per_shard=spec.rows_per_shard,
         oom_shard_count=SHARD_DIGITS,
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format=spec.encode_format,
-        retries=0,  # at once would be too early: download.py tries again in a later pass
-        user_agent_token=TOKEN,
-        disallowed_header_directives=DIRECTIVES,
+        retries=0,  # at once would be too early: stage.py tries again in a later pass
+        user_agent_token=None,
+        disallowed_header_directives=None,
     )
-    downloader.download_shard((shard, str(folder / "rows.arrow")))
+    downloader.download_shard((shard, str(orders)))
     _commit(folder, images, shard_name(shard), writers[0].spans)
 
 
 def _commit(folder: Path, images: Path, name: str, spans: list[tuple[str, int, int]]) -> None:
     """Put samples in the order of the list, sync, and move the files; the stats come last and mark the shard as done.
 
-    A shard in which nothing was downloaded gets metadata and stats, and no tar.
+    The metadata come first: a tar beside such is this project's, any other is left alone. A shard in which nothing was
+    downloaded gets metadata and stats, and no tar.
     """
     import pyarrow.parquet as pq
 
@@ -162,7 +247,7 @@ def _commit(folder: Path, images: Path, name: str, spans: list[tuple[str, int, i
     finished = [(ordered, f"{name}.parquet"), (folder / f"{name}_stats.json", f"{name}_stats.json")]
     if spans:
         _sort_tar(folder / f"{name}.tar", folder / "ordered.tar", sorted(spans))
-        finished.insert(0, (folder / "ordered.tar", f"{name}.tar"))
+        finished.insert(1, (folder / "ordered.tar", f"{name}.tar"))
     for path, _ in finished:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -178,24 +263,6 @@ def _sort_tar(source: Path, target: Path, spans: list[tuple[str, int, int]]) -> 
             file.seek(start)
             out.write(file.read(end - start))
         out.write(bytes(-out.tell() % 10_240 or 10_240))  # a tar ends with zeros, in records of 20 blocks
-
-
-def _bounded_fetch(row: tuple[int, str], timeout: float, user_agent_token: str, **options: Any) -> tuple:
-    """Stands in for img2dataset's `download_image_with_retry`: (key, stream or None, error message or None).
-
-    It must never raise: img2dataset would wait forever for its own threads.
-    """
-    from img2dataset.downloader import is_disallowed
-
-    from .http import FetchError, fetch_url
-
-    key, url = row
-    directives = options["disallowed_header_directives"]
-    try:
-        data = fetch_url(url, timeout, lambda headers: is_disallowed(headers, user_agent_token, directives))
-        return key, io.BytesIO(data), None
-    except FetchError as error:
-        return key, None, str(error)
 
 
 class _Events:
@@ -237,29 +304,57 @@ class _Events:
         self._out.flush()
 
 
+class ShardFetcher:
+    """What img2dataset's own distributors call on a cluster's nodes: (shard, path of its rows) → (fine, the same).
+
+    Every node sees the images' directory. Failures come back as exceptions: the distributors would not tell of them.
+    """
+
+    def __init__(self, spec: FetchSpec, auths: Mapping[int, Mapping[int, str]]) -> None:
+        self.spec, self.auths = spec, auths
+
+    def __call__(self, task: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+        shard, _ = task
+        client = _client_of(self.spec)
+        broken: list[Exception] = []
+        try:
+            fetch_shard(self.spec, shard, client, self.auths.get(shard, {}), lambda *_: None, broken.append)
+        except OutageError:
+            raise OSError(f"nothing answered for {self.spec.client.patience_s:g} s") from None
+        if broken:
+            raise broken[0]
+        return True, task
+
+
+@functools.cache
+def _client_of(spec: FetchSpec) -> Client:
+    return Client(spec.client)
+
+
 def main() -> None:
-    """Read the spec, then one shard number a line; end with standard input, whatever is under way."""
-    spec = FetchSpec(**json.loads(sys.stdin.readline()))
+    """Read the spec, then one shard a line, {"shard": number, "auths": {place: user:password}}; end with the input."""
+    spec = FetchSpec.from_json(sys.stdin.readline())
     events = _Events(os.dup(1))
     log = os.open(spec.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     # webdataset does without torch where there is none; importing it takes longer than img2dataset.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    import img2dataset.downloader
+    client = Client(spec.client, lambda waiting: events.send(event="outage", waiting=waiting))
 
-    img2dataset.downloader.download_image_with_retry = _bounded_fetch
-
-    def work(shard: int) -> None:
+    def work(shard: int, auths: dict[int, str]) -> None:
         try:
-            fetch_shard(spec, shard, partial(events.count, shard), partial(events.fail, shard))
-            events.send(event="done", shard=shard)
+            fetch_shard(spec, shard, client, auths, partial(events.count, shard), partial(events.fail, shard))
+            events.send(event="done", shard=shard, asked_wait_s=client.longest_wait_s)
+        except OutageError:
+            events.send(event="fault", shard=shard, what="outage", errno=None)
         except Exception as error:
             events.fail(shard, error)
 
     pool = ThreadPoolExecutor(SHARDS_AT_A_TIME)
     for line in sys.stdin:
-        pool.submit(work, int(line))
+        order = json.loads(line)
+        pool.submit(work, order["shard"], {int(place): auth for place, auth in order["auths"].items()})
     os._exit(0)
 
 

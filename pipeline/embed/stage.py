@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..cache.part import part_name
 from ..core.errors import EclipseError, UsageError
 from ..images.rejects import Reject, write_rejected
-from ..images.shards import shards_of
+from ..images.sources import look, shards_of
 from .fates import Fate
 from .run import EmbedRun
 from .tasks import ShardTask
@@ -45,13 +45,23 @@ def embed(
     """
     keep_states = ws.card.encoder.text_states if text_states is None else text_states
     options = {} if keep_states == ws.card.encoder.text_states else {"text_states": keep_states}
-    with ws.stage(STAGE, overwrite=overwrite, options=options) as run:
+    with ws.lock(STAGE):
+        more = look(ws) > 0  # shards that have appeared since
+    with ws.stage(STAGE, overwrite=overwrite, go_on=more, options=options) as run:
         if run.complete:
             return run.summary
         used = list(devices) if devices else _devices(gpus, cluster)
-        tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]], orphans_allowed=overwrite)
-        # `begin` is called when the encoder is there and everything asked for makes sense: nothing old goes before.
-        work = EmbedRun(tasks, progress, ready=run.begin, piece_done=run.give_up_old)
+        tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]])
+
+        def ready() -> None:
+            """The encoder is there and everything asked for makes sense: nothing old goes before."""
+            orphans = [] if overwrite else orphaned_parts(ws, tasks)
+            run.begin()
+            for part in orphans:
+                progress.say(f"{part.name} is of an earlier download and has no image shard any more: removed")
+                part.unlink()
+
+        work = EmbedRun(tasks, progress, ready=ready, piece_done=run.give_up_old)
         spec = _spec(ws, progress, keep_states, used, run.card_fingerprint)
         if cluster != "local":
             from .ray import run_on_ray
@@ -69,26 +79,31 @@ def embed(
     return run.summary
 
 
-def plan(ws: Workspace, batch_size: int, *, orphans_allowed: bool = False) -> list[ShardTask]:
-    """One task for each image shard, numbered like it.
-
-    Raises EclipseError if there is none, or a part is an orphan and such are not allowed.
-    """
+def plan(ws: Workspace, batch_size: int) -> list[ShardTask]:
+    """One task for each image shard, numbered like it. Raises EclipseError if there is none."""
     shards = shards_of(ws)
     if not shards:
         raise EclipseError("no image shards to embed", where=str(ws.images), hint="run `eclipse download` first")
-    wanted = {part_name(number) for number in shards}
-    for path in sorted(ws.embeddings.glob("part-*.parquet")):
-        if path.name not in wanted and not orphans_allowed:
-            raise EclipseError(
-                "this part belongs to no image shard",
-                where=str(path),
-                hint="move it away, or start over with `eclipse embed --overwrite`",
-            )
     return [
         ShardTask(number, shard, ws.embeddings / part_name(number), _fates(ws) / f"{number:05d}.json", batch_size)
         for number, shard in shards.items()
     ]
+
+
+def orphaned_parts(ws: Workspace, tasks: Sequence[ShardTask]) -> list[Path]:
+    """Parts of a download that was made anew with fewer shards, which nothing will replace.
+
+    Raises EclipseError for a part without a shard whose shard was not `download`'s: somebody took the pictures away.
+    """
+    wanted = {task.part.name for task in tasks}
+    orphans = [path for path in sorted(ws.embeddings.glob("part-*.parquet")) if path.name not in wanted]
+    if orphans and ws.stage("download").finished is None:
+        raise EclipseError(
+            "this part belongs to no image shard",
+            where=str(orphans[0]),
+            hint="move it away, or start over with `eclipse embed --overwrite`",
+        )
+    return orphans
 
 
 def _fates(ws: Workspace) -> Path:

@@ -11,7 +11,7 @@ from ..core.errors import EclipseError, UsageError
 from ..core.files import atomic_path
 from ..core.progress import Progress
 from ..core.workspace import Workspace
-from ..images.shards import shards_of
+from ..images.sources import shards_of
 
 if TYPE_CHECKING:
     import numpy as np

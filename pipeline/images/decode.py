@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..core.errors import EclipseError
 from .rejects import Reject
-from .tar import Damage, Member, members
+from .tar import Damage, Member, is_remote, members
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 # Readers that only decode pictures: others start programs (EPS) or open further files.
@@ -73,22 +73,38 @@ def uid_of(image_sha256: bytes, caption: str) -> str:
     return hashlib.sha256(image_sha256 + caption.encode("utf-8", "replace")).hexdigest()
 
 
-def read_shard(path: Path) -> Iterator[Sample | Reject]:
+def read_shard(address: Path | str, caption_key: str | None = None) -> Iterator[Sample | Reject]:
     """The samples of a WebDataset tar in tar order; a Reject for everything else that is or should be there.
 
-    Beside the tar, img2dataset's metadata Parquet (if there is one) tells which keys a damaged tar has lost.
+    address: a path, or a URL that fsspec knows. caption_key: where in a sample's JSON its caption stands, if not in a
+    .txt. Beside a local tar, img2dataset's metadata Parquet (if there is one) tells which keys a damaged tar has lost.
     Raises EclipseError if the file itself cannot be read.
     """
-    shard = path.name.partition(".")[0]
+    shard = str(address).rpartition("/")[2].partition(".")[0]
     seen: set[str] = set()
     try:
-        for found in _groups(shard, path):
-            outcome = found if isinstance(found, Reject) else _sample(shard, *found)
-            seen.add(outcome.key)
-            yield outcome
+        for found in _groups(shard, address):
+            if isinstance(found, Reject):
+                outcomes: Iterable[Sample | Reject] = [found]
+            else:
+                outcomes = _sample(shard, *found, caption_key)
+            for outcome in outcomes:
+                seen.add(outcome.key)
+                yield outcome
     except OSError as error:
-        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(path)) from error
-    yield from _lost(shard, path.with_suffix(".parquet"), seen)
+        raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(address)) from error
+    if not is_remote(address):
+        yield from _lost(shard, Path(address).with_suffix(".parquet"), seen)
+
+
+def pairs(shard: str, key: str, data: bytes, captions: Iterable[str], url: str = "") -> Iterator[Sample | Reject]:
+    """A picture from elsewhere with each of its captions; without any, a Reject."""
+    texts = [text for caption in captions if (text := _encodable(caption)).strip()]
+    if not texts:
+        yield Reject(shard, key, "no_caption", url)
+    sha256 = hashlib.sha256(data).digest()
+    for text in texts:
+        yield Sample(shard, key, data, text, url, sha256)
 
 
 def decode(sample: Sample) -> Image.Image | Reject:
@@ -229,11 +245,11 @@ def _orientation(image: Image.Image) -> int:
     return turn if turn in _TURNS else 1
 
 
-def _groups(shard: str, path: Path) -> Iterator[tuple[str, dict[str, bytes]] | Reject]:
+def _groups(shard: str, address: Path | str) -> Iterator[tuple[str, dict[str, bytes]] | Reject]:
     """Consecutive files with one key, as WebDataset groups them; a repeated extension begins the next sample."""
     key = ""
     files: dict[str, bytes] = {}
-    for found in members(path):
+    for found in members(address):
         fault = found.reason if isinstance(found, Damage) else _name_fault(found.name)
         if fault is not None:
             yield Reject(shard, found.name or "?", fault)
@@ -257,16 +273,21 @@ def _name_fault(name: str) -> str | None:
     return None if _NAME.fullmatch(name) else "odd_name"
 
 
-def _sample(shard: str, key: str, files: dict[str, bytes]) -> Sample | Reject:
+def _sample(shard: str, key: str, files: dict[str, bytes], caption_key: str | None) -> list[Sample | Reject]:
+    """One input for each caption of a sample; see the package's docstring."""
     meta = _meta(files.get("json", b""))
     url = _encodable(meta["url"]) if isinstance(meta.get("url"), str) else ""
-    caption = _caption(files.get("txt"), meta)
+    captions = _captions(files.get("txt"), meta, caption_key)
     pictures = [files[extension] for extension in EXTENSIONS if extension in files]
     if not pictures:
-        return Reject(shard, key, "no_picture", url, caption or "")
-    if caption is None:
-        return Reject(shard, key, "no_caption", url)
-    return Sample(shard, key, pictures[0], caption, url, _sha256(meta.get("sha256"), pictures[0]))
+        return [Reject(shard, key, "no_picture", url, caption) for caption in captions]
+    sha256 = _sha256(meta.get("sha256"), pictures[0])
+    return [
+        Sample(shard, key, pictures[0], caption, url, sha256)
+        if caption.strip()
+        else Reject(shard, key, "no_caption", url)
+        for caption in captions
+    ]
 
 
 def _meta(data: bytes) -> dict[str, Any]:
@@ -280,14 +301,17 @@ def _meta(data: bytes) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def _caption(text: bytes | None, meta: dict[str, Any]) -> str | None:
-    """The caption, or None if there is none or nothing but blanks."""
+def _captions(text: bytes | None, meta: dict[str, Any], caption_key: str | None) -> list[str]:
+    """The captions of a sample, at least one, though it may be empty."""
+    told = meta.get(caption_key or "captions")
+    several = [_encodable(c) for c in told] if isinstance(told, list) and all(isinstance(c, str) for c in told) else []
+    if caption_key is not None:
+        return several or [_encodable(told) if isinstance(told, str) else ""]
     if text is not None:
-        caption = text[:TEXT_LIMIT].decode("utf-8", "replace")
-    else:
-        value = meta.get("caption")
-        caption = _encodable(value) if isinstance(value, str) else ""
-    return caption if caption.strip() else None
+        first = text[:TEXT_LIMIT].decode("utf-8", "replace")
+        return several if several[:1] == [first] else [first]
+    value = meta.get("caption")
+    return several or [_encodable(value) if isinstance(value, str) else ""]
 
 
 def _encodable(text: str) -> str:
@@ -308,10 +332,13 @@ def _lost(shard: str, metadata: Path, seen: set[str]) -> Iterator[Reject]:
         return
     schema = pa.schema([(name, pa.string()) for name in ("key", "url", "caption", "status")])
     try:
-        table = pq.read_table(metadata, columns=schema.names).cast(schema)
-        rows = list(zip(*table.to_pydict().values(), strict=True))
+        several = ["captions"] if "captions" in pq.read_schema(metadata).names else []
+        table = pq.read_table(metadata, columns=[*schema.names, *several])
+        captions = table.column("captions").to_pylist() if several else [None] * len(table)
+        rows = list(zip(*table.select(schema.names).cast(schema).to_pydict().values(), captions, strict=True))
     except (pa.ArrowException, OSError, KeyError, ValueError):
         return  # tars from elsewhere may have any Parquet beside them
-    for key, url, caption, status in rows:
+    for key, url, caption, status, told in rows:
         if status == "success" and key is not None and key not in seen:
-            yield Reject(shard, key, "lost_from_tar", url or "", caption or "")
+            for text in told if isinstance(told, list) and told else [caption]:
+                yield Reject(shard, key, "lost_from_tar", url or "", str(text or ""))

@@ -22,12 +22,11 @@ from ..cache.part import LARGEST_NUMBER
 from ..core.errors import EclipseError
 from .decode import EXTENSIONS, BadPictureError, Sample, open_picture, read_shard
 from .rejects import Reject
-from .tar import require_regular
+from .tar import is_remote, opened
 
 if TYPE_CHECKING:
     from ..cache.store import Store
     from ..core.progress import Progress
-    from ..core.workspace import Workspace
 
 SAMPLED_BLOCKS, BLOCK = 16, 4096
 
@@ -62,21 +61,21 @@ class ImageShard(Protocol):
 
 @dataclass(frozen=True)
 class TarShard:
-    """A WebDataset tar."""
+    """A WebDataset tar at a path, or at a URL that fsspec knows. caption_key: see read_shard."""
 
-    path: Path
+    address: Path | str
+    caption_key: str | None = None
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return str(self.address).rpartition("/")[2]
 
     def samples(self) -> Iterator[Sample | Reject]:
-        return read_shard(self.path)
+        return read_shard(self.address, self.caption_key)
 
     def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         try:
-            require_regular(self.path)
-            with tarfile.open(self.path) as tar:
+            with opened(self.address) as (source, _), tarfile.open(fileobj=source) as tar:
                 for member in tar:
                     key, extension = _split(member.name)
                     if key in keys and extension in EXTENSIONS and (file := tar.extractfile(member)):
@@ -85,32 +84,29 @@ class TarShard:
             return
 
     def content(self) -> str:
-        """Its size and sixteen samples of it."""
+        """Its size and sixteen samples of it; two over a network, where each costs a request."""
+        blocks = 2 if is_remote(self.address) else SAMPLED_BLOCKS
         try:
-            require_regular(self.path)
-            size = self.path.stat().st_size
-            digest = hashlib.sha256(str(size).encode())
-            with self.path.open("rb") as file:
-                for index in range(SAMPLED_BLOCKS):
-                    file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
+            with opened(self.address) as (file, size):
+                digest = hashlib.sha256(str(size).encode())
+                for index in range(blocks):
+                    file.seek(index * max(size - BLOCK, 0) // (blocks - 1))
                     digest.update(file.read(BLOCK))
         except OSError as error:
             raise EclipseError(
-                f"cannot read the image shard: {error.strerror or error}", where=str(self.path)
+                f"cannot read the image shard: {error.strerror or error}", where=str(self.address)
             ) from error
         return digest.hexdigest()
 
     def expected(self) -> int | None:
         """By img2dataset's own count beside it."""
+        if is_remote(self.address):
+            return None
+        path = Path(self.address)
         try:
-            return int(json.loads(self.path.with_name(f"{self.path.stem}_stats.json").read_text())["successes"])
+            return int(json.loads(path.with_name(f"{path.stem}_stats.json").read_text())["successes"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-
-def shards_of(ws: Workspace) -> dict[int, ImageShard]:
-    """Number → shard of every shard that the workspace's pictures lie in, in order. Raises EclipseError."""
-    return {number: TarShard(path) for number, path in numbered_shards(ws.images).items()}
 
 
 def numbered_shards(images: Path) -> dict[int, Path]:

@@ -7,6 +7,7 @@ import re
 import stat
 import tarfile
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -40,14 +41,34 @@ def require_regular(path: Path) -> None:
         raise OSError("not a regular file")
 
 
-def members(path: Path) -> Iterator[Member | Damage]:
+def is_remote(address: Path | str) -> bool:
+    """Whether it is a URL for fsspec, and not a path."""
+    return "://" in str(address)
+
+
+@contextmanager
+def opened(address: Path | str) -> Iterator[tuple[BinaryIO, int]]:
+    """A file to read and seek in, and its size in bytes. Raises OSError if there is none."""
+    if not is_remote(address):
+        require_regular(Path(address))
+        with Path(address).open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+        return
+    import fsspec
+
+    try:
+        with fsspec.open(str(address), "rb") as file:
+            yield cast(BinaryIO, file), int(file.size)  # type: ignore[union-attr]
+    except (ImportError, ValueError, TypeError) as error:  # of a protocol that needs another package, or is none
+        raise OSError(str(error)) from error
+
+
+def members(address: Path | str) -> Iterator[Member | Damage]:
     """Every regular file in tar order, and a Damage for what cannot be read. Directories are passed over.
 
     After a damaged header reading goes on at the next one that is whole. Raises OSError if the file cannot be opened.
     """
-    require_regular(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with opened(address) as (file, size):
         if size == 0:
             return
         start = yield from _plain_members(file, size)

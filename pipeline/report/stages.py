@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.workspace import Workspace
-from ..images.shards import picture_files, shards_of
+from ..images.shards import picture_files
+from ..images.sources import shards_of
 from . import charts
 from . import page as pages
 

@@ -44,8 +44,8 @@ class Web(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answers: dict[str, Answer], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.answers = answers
         self.hits: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -56,8 +56,8 @@ class Web(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(answers: dict[str, Answer]) -> Iterator[Web]:
-    web = Web(answers)
+def serving(answers: dict[str, Answer], port: int = 0) -> Iterator[Web]:
+    web = Web(answers, port)
     threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield web

@@ -14,13 +14,12 @@ from eclipse.pipeline.core.card import (
     RENAMED,
     STAGES,
     Card,
-    ShapesSource,
-    UrlSource,
     card_names,
     keys,
     resolve,
 )
 from eclipse.pipeline.core.errors import UsageError
+from eclipse.pipeline.core.source import ShapesSource, UrlSource
 from pydantic import BaseModel
 
 MINIMAL = """
@@ -79,7 +78,9 @@ def test_an_option_added_later_and_left_out_changes_no_fingerprint(tmp_path: Pat
     assert card.section_fingerprint("filter") == hashlib.sha256(canonical.encode()).hexdigest()
 
 
-OTHER_VALUES = {"wandb": "project", "microbatch": 2, "expected_rows": 5}
+OTHER_VALUES = {
+    "wandb": "project", "microbatch": 2, "expected_rows": 5, "contact": "mailto:a@b.org", "allow_hosts": ["10.0.0.0/8"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", [f"{key.section}.{key.name}" for key in keys() if not key.decides])

@@ -24,6 +24,7 @@ from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
+from eclipse.pipeline.download import stage
 from eclipse.pipeline.download.stage import download
 from eclipse.pipeline.images.decode import Sample, read_shard
 from eclipse.pipeline.images.rejects import read_rejected
@@ -32,6 +33,7 @@ from web import Handler, drip, picture_answer, serving
 
 ROWS, SHARD = 150, 25
 QUIET = Progress(quiet=True)
+LOCAL = {"allow_hosts": ["127.0.0.1"], "patience_s": 10.0}
 
 
 def shapes_workspace(root: Path) -> Workspace:
@@ -40,10 +42,23 @@ def shapes_workspace(root: Path) -> Workspace:
     return Workspace.create(root, card.model_copy(update={"source": source}))
 
 
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stage.RETRY_WAIT_S, "urls", 0.0)
+
+
 def urls_workspace(root: Path, table: dict[str, list], **source: Any) -> Workspace:
     card = {
         "name": "test",
-        "source": {"kind": "urls", "urls": "list.parquet", "timeout_s": 3.0, "retries": 1, **source},
+        "source": {
+            "kind": "urls",
+            "urls": "list.parquet",
+            "timeout_s": 3.0,
+            "retries": 1,
+            "allow_hosts": ["127.0.0.1"],
+            "patience_s": 10.0,
+            **source,
+        },
         "encoder": {"model": "none"},
         "decoder": {"path": "none"},
     }

@@ -75,9 +75,9 @@ def test_nulls_and_other_names_and_broken_lines(tmp_path: Path):
     assert [row.reason if isinstance(row, Reject) else row.number for row in rows] == [0, "empty_url", "no_caption"]
 
     broken = tmp_path / "broken.tsv"
-    broken.write_bytes(b"url\tcaption\nhttp://a.org/1\tone\nhttp://a.org/2\ttwo\textra\nhttp://a.org/3\tdr\xfci\n")
+    broken.write_bytes(b"url\tcaption\nhttp://a.org/1\tone\nhttp://a.org/2\ttwo\textra\nhttp://a.org/3\tthree\n")
     rows = list(UrlList((broken,)).rows())
-    assert [row.caption for row in rows if isinstance(row, UrlRow)] == ["one", "dr�i"]
+    assert [row.caption for row in rows if isinstance(row, UrlRow)] == ["one", "three"]
     assert [(row.key, row.reason) for row in rows if isinstance(row, Reject)] == [("line 3", "malformed_row")]
 
 
@@ -112,7 +112,8 @@ def test_text_in_parquet_may_be_any_bytes(tmp_path: Path, kind: pa.DataType):
         table = table.cast(pa.schema([("url", kind), ("caption", kind)]), safe=False)
     pq.write_table(table, path)
     rows = list(UrlList((path,)).rows())
-    assert rows == [UrlRow(0, "http://a.org/\ufffd", "dr\ufffdi"), UrlRow(1, "http://a.org/2", "two")]
+    lost = Reject("", "row 0", "bad_encoding", "http://a.org/\ufffd", "dr\ufffdi")
+    assert rows == [lost, UrlRow(1, "http://a.org/2", "two")], "nothing is stored with characters lost"
 
 
 def test_a_bad_line_of_json_is_set_aside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -123,7 +124,7 @@ def test_a_bad_line_of_json_is_set_aside_alone(tmp_path: Path, monkeypatch: pyte
         b'{"url": \n',
         b'{"url": "http://a.org/1", "caption": 7, "more": [1]}',
         b"[1, 2]",
-        b'{"url": "http://a.org/2", "caption": "dr\xfci \\ud800"}',
+        b'{"url": "http://a.org/2", "caption": "dr\xc3\xbci \\ud800"}',
         b"{" + b"x" * 1000,
         b"[" * 190,
         b'{"caption": "no url"}',
@@ -135,7 +136,7 @@ def test_a_bad_line_of_json_is_set_aside_alone(tmp_path: Path, monkeypatch: pyte
     rows = list(UrlList((path,)).rows())
     assert [row for row in rows if isinstance(row, UrlRow)] == [
         UrlRow(0, "http://a.org/0", "2020-01-01"), UrlRow(1, "http://a.org/1", "7"),
-        UrlRow(2, "http://a.org/2", "dr\ufffdi ?"), UrlRow(5, "http://a.org/5", "the last"),
+        UrlRow(2, "http://a.org/2", "drüi ?"), UrlRow(5, "http://a.org/5", "the last"),
     ]  # fmt: skip
     rejects = [row for row in rows if isinstance(row, Reject)]
     malformed = [(f"line {number}", "malformed_row") for number in (2, 5, 7, 8)]
@@ -167,3 +168,91 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str):
                 read()
             assert str(path) in str(error.value)
         path.unlink() if path.is_fifo() else path.rmdir()
+
+
+LATIN = [("http://a.org/1.jpg", "Caf\u00e9 \u00fcber"), ("http://a.org/2.jpg", "na\u00efve")]
+
+
+def text_of(rows: list[tuple[str, str]], kind: str) -> str:
+    if kind == "jsonl":
+        return "".join(json.dumps({"url": url, "caption": caption}, ensure_ascii=False) + "\n" for url, caption in rows)
+    mark = "\t" if kind == "tsv" else ","
+    return "".join(mark.join(row) + "\n" for row in [("url", "caption"), *rows])
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_an_encoding_is_named_or_marked_and_a_lossy_reading_refused(tmp_path: Path, kind: str):
+    path = tmp_path / f"list.{kind}"
+    expected = [UrlRow(number, url, caption) for number, (url, caption) in enumerate(LATIN)]
+    path.write_bytes(text_of(LATIN, kind).encode("latin-1"))
+    with pytest.raises(UsageError, match=r"not UTF-8.*would lose characters") as error:
+        list(UrlList((path,)).rows())
+    assert "source.encoding: " in str(error.value)
+    assert list(UrlList((path,), encoding="latin-1").rows()) == expected
+    path.write_bytes(text_of(LATIN, kind).encode("utf-16"))
+    assert list(UrlList((path,)).rows()) == expected
+    path.write_bytes(text_of(LATIN, kind).encode("utf-8-sig"))
+    assert list(UrlList((path,)).rows()) == expected
+
+
+def test_a_few_stray_bytes_cost_their_own_rows_alone(tmp_path: Path):
+    path = tmp_path / "list.tsv"
+    rows = [b"http://a.org/%d\t%s" % (n, b"dr\xfci" if n == 1500 else b"fine") for n in range(3000)]
+    path.write_bytes(b"url\tcaption\n" + b"\n".join(rows))
+    found = list(UrlList((path,)).rows())
+    assert len(found) == 3000 and [row.key for row in found if isinstance(row, Reject)] == ["row 1500"]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst", ".lz4"])
+def test_compressed_lists(tmp_path: Path, ending: str):
+    path = tmp_path / f"list.tsv{ending}"
+    with pa.output_stream(str(path), compression=ending[1:].replace("gz", "gzip").replace("zst", "zstd")) as file:
+        file.write(text_of(LATIN, "tsv").encode())
+    assert [row.caption for row in UrlList((path,)).rows()] == [caption for _, caption in LATIN]
+
+
+def test_quotes_in_tsv_are_a_choice_and_looked_out_for(tmp_path: Path):
+    path = tmp_path / "list.tsv"
+    rows = [(f"http://a.org/{n}", f'"a ""red"" cat\t{n}"') for n in range(50)]
+    path.write_text(text_of(rows, "tsv"))
+    assert not [row for row in UrlList((path,), quoting=True).rows() if row.caption != f'a "red" cat\t{row.number}']
+    path.write_text(text_of([(url, caption.replace("\t", " ")) for url, caption in rows], "tsv"))
+    (remark,) = UrlList((path,)).remarks()
+    assert "fields in double quotes" in remark and "source.quoting" in remark
+    path.write_text(text_of([(url, '12" records') for url, _ in rows], "tsv"))
+    assert not list(UrlList((path,)).remarks()) and next(iter(UrlList((path,)).rows())).caption == '12" records'
+
+
+def test_credentials_are_kept_apart(tmp_path: Path):
+    path = tmp_path / "list.tsv"
+    urls = ["http://ann:p%40w@a.org/1", "https://b.org/x@y", "http://c.org:8/", "http://ann:x@/no-host"]
+    path.write_text(text_of([(url, "x") for url in urls], "tsv"))
+    rows = list(UrlList((path,)).rows())
+    assert [(row.url, getattr(row, "auth", "")) for row in rows] == [
+        ("http://a.org/1", "ann:p@w"), ("https://b.org/x@y", ""), ("http://c.org:8/", ""), ("http:///no-host", ""),
+    ]  # fmt: skip
+
+
+def test_published_hashes_are_read_and_required(tmp_path: Path):
+    path = tmp_path / "list.parquet"
+    hashes = ["A" * 64, "b" * 32, None, "nonsense"]
+    pq.write_table(pa.table({"url": [f"http://a.org/{n}" for n in range(4)], "caption": ["x"] * 4, "h": hashes}), path)
+    rows = list(UrlList((path,), hash_column="h").rows())
+    assert [getattr(row, "digest", row) for row in rows[:2]] == ["a" * 64, "b" * 32]
+    assert [row.reason for row in rows if isinstance(row, Reject)] == ["no_hash", "no_hash"]
+
+
+def test_captions_of_nothing_that_shows_are_none(tmp_path: Path):
+    path = tmp_path / "list.jsonl"
+    captions = [
+        "\u200b\u200d",
+        "\ufeff \u2060",
+        "\x00",
+        "\U0001f469\u200d\U0001f680",
+        "\u0634\u062c\u0631\u0629",
+        "x" * 10_000,
+    ]
+    path.write_text("".join(json.dumps({"url": "http://a.org/1", "caption": caption}) + "\n" for caption in captions))
+    rows = list(UrlList((path,)).rows())
+    assert [row.reason for row in rows if isinstance(row, Reject)] == ["no_caption"] * 3
+    assert [row.caption for row in rows if isinstance(row, UrlRow)] == captions[3:]

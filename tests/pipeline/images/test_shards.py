@@ -13,7 +13,8 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.errors import EclipseError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.filter.stage import filter_cache
-from eclipse.pipeline.images.shards import TarShard, numbered_shards, picture_files, shards_of, small_pictures
+from eclipse.pipeline.images.shards import TarShard, numbered_shards, picture_files, small_pictures
+from eclipse.pipeline.images.sources import shards_of
 
 QUIET = Progress(quiet=True)
 
