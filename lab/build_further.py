@@ -27,7 +27,7 @@ from torch import Tensor
 from ..pipeline.core.card import MODELS
 from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
-from ..trainer.model.prior import PRESETS, PriorConfig
+from ..trainer.model.prior import PRESETS
 from .bank import ExampleBank, PairBank
 from .build_gpu import DEEP, movq_step, unet_step
 from .build_movq import load as load_movq
@@ -194,14 +194,20 @@ class Further:
             if not busy:
                 time.sleep(0.0005)
         # In the background: nothing that hangs may stand between the weights and their files.
-        threading.Thread(target=self.pool.terminate, daemon=True).start()
+        ends = [threading.Thread(target=pool.terminate, daemon=True) for pool in (self.pool, self.judge_pool)]
+        ends[0].start()
         self._note("trained", {name: t.done for name, t in self.turns.items()})
         self._guarded("the end", self._end)
         while self.judge.waiting and time.monotonic() < self.deadline - MARGIN:
             self._collect()
             time.sleep(0.01)
         self._note("judged all", self.judge.waiting == 0)
-        threading.Thread(target=self.judge_pool.terminate, daemon=True).start()
+        ends[1].start()
+        for end in ends:
+            end.join(5.0)
+        # A pool whose queue is full may never end by itself, and would keep this process from ending.
+        for child in multiprocessing.active_children():
+            child.kill()
 
     @property
     def _ready(self) -> bool:
@@ -420,8 +426,3 @@ def further(device: str, processes: int, minutes: float, out: Path) -> None:
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
     Further(device, processes, 60 * minutes, out, Sizes() if device == "cuda" else REHEARSAL).run()
-
-
-def config_of(name: str) -> PriorConfig:
-    """The dimensions of a reference prior."""
-    return REFERENCES[name][0]
