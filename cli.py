@@ -285,6 +285,9 @@ def train(
     arm: Annotated[
         str | None, typer.Option("--arm", metavar="NAME", help="eclipse, or a baseline: projection, diffusion.")
     ] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", metavar="DIR|HUB-ID", help="Prior to start from, instead of the card's.")
+    ] = None,
     cluster: Cluster = "local",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -293,15 +296,19 @@ def train(
 ) -> None:
     """Train the prior; an interrupted run resumes exactly.
 
-    On several nodes, start the same command under torchrun; every node needs the workspace.
+    With more --steps than a finished run had, it goes on from there. On several nodes, start the same command under
+    torchrun; every node needs the workspace.
 
     \b
     Examples:
       eclipse train
       eclipse train --gpus 8
+      eclipse train --init ECLIPSE-Community/ECLIPSE_KandinskyV22_Prior
       torchrun --nnodes 2 --nproc-per-node 8 -m eclipse.cli train -w /shared/ws
     """
-    _stage("train", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, steps=steps, arm=arm)
+    _stage(
+        "train", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, steps=steps, arm=arm, init=init
+    )
 
 
 @app.command()

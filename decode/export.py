@@ -149,6 +149,7 @@ def describe(ws: Workspace, embedding_dim: int, *, public: bool) -> dict[str, An
     if public:
         card["encoder"]["model"] = _public(card["encoder"]["model"])
         card["decoder"]["path"] = _public(card["decoder"]["path"])
+        card["train"]["init"] = _public(card["train"]["init"]) if card["train"].get("init") else None
     encoder = card["encoder"]
     states = {stage: ws.stage(stage).finished for stage in STAGES}
     return {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,7 @@ from .evaluate import beside_baselines, embedding_metrics
 from .log import MetricsLog, draw_curves, read_metrics
 from .loss import Draw
 from .model.prior import save_prior
-from .run import ARMS, Job, Run, average_weights, prepare
+from .run import ARMS, Job, Run, average_weights, check_init, init_place, prepare
 from .schedule import learning_rate
 from .spawn import spawn
 from .stopping import StopSignals, raise_stopped
@@ -208,6 +210,7 @@ def finish(run: Run, log: MetricsLog, *, seconds: float, steps: int, waited: flo
     measured = beside_baselines(validation[-1]) if validation and "mean_cosine_image" in validation[-1] else {}
     return {
         "arm": job.options.arm,
+        **({"init": job.options.init} if job.options.init else {}),
         "parameters": sum(p.numel() for p in run.prior.parameters()),
         "steps": run.step,
         "skipped_steps": run.guard.skipped,
@@ -233,19 +236,27 @@ def train(
     overwrite: bool = False,
     steps: int | None = None,
     arm: str | None = None,
+    init: str | None = None,
 ) -> dict[str, Any]:
     """The stage: train the card's prior from the filtered cache, on this machine's GPUs or as torchrun arranged.
 
-    steps and arm stand in for the card's. Resumes by itself; under other settings than before it raises EclipseError.
+    steps, arm and init stand in for the card's. Resumes by itself, and a finished run goes on where more steps are
+    asked for; under other settings than before it raises EclipseError.
     """
     if arm not in (None, *ARMS):
         raise UsageError(f"unknown arm {arm!r}", where="--arm", hint=f"choose from {', '.join(ARMS)}")
-    asked = (("steps", steps), ("arm", arm))
+    init = None if init is None else init_place(init, Path.cwd())
+    asked = (("steps", steps), ("arm", arm), ("init", init))
     changes = {name: value for name, value in asked if value not in (None, getattr(ws.card.train, name))}
     with ws.stage("train", overwrite=overwrite, options=changes) as run:
         if run.complete:
             return run.summary
+        former = None if overwrite else run.finished
         count, job = count_gpus(gpus), job_for(ws, changes, run.fingerprint)
+        if former is not None and run.extends(former):
+            job = replace(job, continues=former.fingerprint)
+        elif job.options.init is not None:
+            check_init(job)  # before anything is noted or set aside
         run.begin()
         if count > 1 and not under_launcher():
             summary = spawn(work, count, job, False, progress.quiet)
@@ -257,14 +268,16 @@ def train(
 
 def job_for(ws: Workspace, changes: dict[str, Any], fingerprint: str) -> Job:
     """The workspace's job, with changes to the card's train section."""
-    card = ws.card
+    card, options = ws.card, ws.card.train.model_copy(update=changes)
+    if options.init is not None:
+        options = options.model_copy(update={"init": init_place(options.init, ws.root)})
     return Job(
         directory=ws.prior,
         embeddings=ws.embeddings,
         selection=ws.selection,
         report=ws.reports / "train.png",
         preset=card.prior.preset,
-        options=card.train.model_copy(update=changes),
+        options=options,
         encoder=card.encoder,
         fingerprint=fingerprint,
         validation_rows=card.evaluate.rows,

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..pipeline.cache.store import Store
+from ..pipeline.core import hub
+from ..pipeline.core.card import CARD_NAME, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
 from .checkpoint import load_newest, save_checkpoint
 from .data.captions import EmptyCaption
@@ -26,9 +28,10 @@ from .distributed import World, describe, multiplies_bfloat16
 from .guard import Guard
 from .loss import Objective
 from .model.diffusion import DiffusionObjective, DiffusionPrior
-from .model.prior import PRESETS, Prior
+from .model.prior import PRESETS, Prior, load_prior
 from .model.transformer import PriorConfig
 from .optim import make_optimizers, optimizer_tensors, restore_optimizers
+from .schedule import learning_rate
 
 if TYPE_CHECKING:
     from ..pipeline.core.card import EncoderSection, TrainSection
@@ -59,6 +62,7 @@ class Job:
     fingerprint: str
     validation_rows: int
     validation_seed: int = 0
+    continues: str | None = None  # the fingerprint of a finished run of fewer steps, whose checkpoints do too
 
 
 @dataclass
@@ -114,8 +118,9 @@ class Run:
         if found is None:
             return
         state = found.state
-        if state["fingerprint"] != self.job.fingerprint or state["rows"] != _identity(self.rows):
-            what = "settings" if state["fingerprint"] != self.job.fingerprint else "rows"
+        known = (self.job.fingerprint, self.job.continues)
+        if state["fingerprint"] not in known or state["rows"] != _identity(self.rows):
+            what = "settings" if state["fingerprint"] not in known else "rows"
             hint = "undo the change, or start again with `eclipse train --overwrite`"
             raise EclipseError(f"these checkpoints are of a run with other {what}", where=str(folder), hint=hint)
         self.prior.load_state_dict(found.tensors["prior"])
@@ -123,6 +128,17 @@ class Run:
         restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
         self.guard = Guard(**state["guard"])
         self.step, self.best = found.step, state["best"]
+        if state["fingerprint"] == self.job.continues and self.world.leads:
+            options = self.job.options
+            rate = learning_rate(
+                self.step,
+                peak=options.learning_rate,
+                warmup=options.warmup,
+                steps=options.steps,
+                restarts=options.restarts,
+            )
+            # Its schedule had come to its end: the one over more steps is in the middle of its cosine here.
+            say(f"going on from step {self.step:,} of the finished run; the learning rate is {rate:.2g} again")
 
 
 def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
@@ -134,7 +150,10 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
     if job.options.precision == "bf16" and not multiplies_bfloat16(world.device):
         say(f"training in float32: the card's bf16 is for GPUs from Ampere on, and this is a {describe(world.device)}")
     torch.manual_seed(job.options.seed)  # after the text tower, which draws weights of its own
-    prior = _network(job, store).to(world.device)
+    prior = _network(job, store)
+    if job.options.init is not None and not any((job.directory / "checkpoints").glob("step-*")):
+        start_from(prior, job.options.init)
+    prior = prior.to(world.device)
     if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
         torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
     if isinstance(prior, DiffusionPrior):
@@ -185,6 +204,50 @@ def prior_config(preset: str, store: Store, arm: str) -> PriorConfig:
         raise UsageError(what, where="encoder.model", hint="use an encoder with CLIP's context length")
     specials = DiffusionPrior.specials if arm == "diffusion" else Prior.specials
     return replace(config, embedding_dim=dim, additional_embeddings=specials)
+
+
+def init_place(name: str, folder: Path) -> str:
+    """What `train.init` names: a directory, given relative to `folder`, a workspace's own prior in it, or a hub id.
+
+    Raises:
+        UsageError: no such directory, and no hub id either.
+    """
+    path = folder / Path(resolve(name)).expanduser()
+    if path.is_dir():
+        return str(path / "prior" / "final" if (path / CARD_NAME).is_file() else path)
+    if not hub.is_hub_id(name):
+        raise UsageError("no such prior to start from", where=name, hint="name a directory, or a hub id (train.init)")
+    return name
+
+
+def check_init(job: Job) -> None:
+    """Raise what `start_from` raises, before a run begins."""
+    start_from(_network(job, Store.open(job.embeddings)), str(job.options.init))
+
+
+def start_from(prior: Prior | DiffusionPrior, init: str) -> None:
+    """Give `prior` the weights of another. UsageError, by name, where it is another network."""
+    theirs = load_prior(init)
+    if type(theirs) is not type(prior):
+        raise UsageError(
+            f"the prior to start from is a {type(theirs).__name__}, this run trains a {type(prior).__name__}",
+            where=init,
+            hint="name another (train.init), or train the same arm (train.arm)",
+        )
+    ours, found = asdict(prior.config), asdict(theirs.config)
+    if other := [f"{name} is {found[name]}, not {ours[name]}" for name in ours if found[name] != ours[name]]:
+        fitting = [
+            name
+            for name, config in PRESETS.items()
+            if replace(config, embedding_dim=found["embedding_dim"]) == theirs.config
+        ]
+        same_dim = found["embedding_dim"] == ours["embedding_dim"]
+        raise UsageError(
+            f"the prior to start from is another network: {'; '.join(other)}",
+            where=init,
+            hint=f"set prior.preset: {fitting[0]} in the card" if fitting and same_dim else "name another (train.init)",
+        )
+    prior.load_state_dict(theirs.state_dict())
 
 
 def _network(job: Job, store: Store) -> Prior | DiffusionPrior:

@@ -184,7 +184,10 @@ class TrainSection(Section):
     arm: Literal["eclipse", "projection", "diffusion"] = Field(
         "eclipse", description="eclipse, or a baseline of the same size: projection is lambda 0; diffusion"
     )
-    steps: int = Field(60_000, ge=1, le=MANY, description="optimizer steps")
+    init: str | None = Field(
+        None, description="prior to start from: an export, another workspace or a hub id; null: random weights"
+    )
+    steps: int = Field(60_000, ge=1, le=MANY, description="optimizer steps; more of them go on from a finished run")
     batch_size: int = Field(
         1024, ge=2, le=10_000_000, description="rows in the global batch; all are contrasted with each other"
     )

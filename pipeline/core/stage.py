@@ -179,12 +179,29 @@ class Stage:
         Raises EclipseError naming the changed keys if it finished, or began, with other settings.
         """
         for record, how in ((self.finished, "finished"), (self.begun, "began")):
-            if record is not None and self._carried(record) is None:
+            if record is not None and self._carried(record) is None and not self.extends(record):
                 raise self._changed(record, how)
         state, earlier = self.finished, lineage(self.name)[1:]
         if state is None or any(Stage(self.ws, name).begun for name in earlier) or self.damage() is not None:
             return None
+        if self._carried(state) is None:
+            return None
         return {**state.summary, "already_complete": True}
+
+    def extends(self, record: Settings) -> bool:
+        """Whether today's settings ask for more of the same than the record's: a training of more steps, else equal."""
+        if self.name != "train":
+            return False
+        now, then = (dict(options or {}) for options in (self.options, record.options))
+        card = self.ws.card
+        steps = now.pop("steps", card.train.steps)
+        try:
+            before = Card.model_validate(renamed(record.card)[0])
+        except ValidationError:
+            return False
+        fewer = then.pop("steps", before.train.steps)
+        same = before.model_copy(update={"train": before.train.model_copy(update={"steps": card.train.steps})})
+        return steps > fewer and now == then and same.fingerprint("train") == card.fingerprint("train")
 
     def _carried(self, record: Settings) -> Settings | None:
         """The record's settings if they come to the same as today's, else None.

@@ -56,7 +56,8 @@ def _command(ws: Workspace, name: str, state: str) -> str:
     record = stage.begun or stage.finished
     # Checkpoints of other rows cannot be continued from.
     of_other_rows = name == "train" and record is None and any(ws.root.glob(PIECES[name]))
-    if state == "changed" or of_other_rows:
+    goes_on = state == "changed" and stage.finished is not None and stage.extends(stage.finished)
+    if (state == "changed" and not goes_on) or of_other_rows:
         words.append("--overwrite")
     elif record is not None:
         for option, value in (record.options or {}).items():
