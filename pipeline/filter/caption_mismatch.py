@@ -40,6 +40,11 @@ class Evidence:
     wrong_share: float
     separation: float
 
+    @property
+    def power(self) -> float:
+        """The separation that remains for right captions once the wrong ones, at 0.5, are taken out of the mean."""
+        return (self.separation - self.wrong_share / 2) / max(1 - self.wrong_share, 1e-6)
+
 
 Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions → unit text, unit image, both (n, D) float32
 

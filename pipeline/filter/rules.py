@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .examples import Examples
 
 MOST_WRONG = 0.65  # share of wrong captions beyond which it is the encoder that is doubted
-LEAST_SEPARATION = 0.6  # of real pairs from captions dealt at random; 0.5 is chance
+LEAST_POWER = 0.85  # how often a right caption must beat one dealt at random; below, the encoder tells too little
 PICTURES_A_CLUSTER = 100  # of the clusters that targets choose from, on average
 MOST_CLUSTERS = 100_000
 
@@ -246,7 +246,8 @@ def _examples(inputs: Inputs, option: str, names: list[str]) -> Examples:
 def wrong_caption(inputs: Inputs) -> Finding | None:
     """Caption belongs to another picture with at least this probability (see caption_mismatch.py).
 
-    Where nearly all captions look wrong, it is not the captions: the rule then holds back, and says so.
+    Where most captions look wrong, or right ones hardly differ from random ones, it is the encoder that is wrong: the
+    rule then holds back, and says so.
     """
     limit = inputs.options.wrong_caption
     if limit is None or not len(inputs.rows):
@@ -255,11 +256,11 @@ def wrong_caption(inputs: Inputs) -> Finding | None:
     scores = {"wrong_probability": (inputs.rows, found.wrong[inputs.rows])}
     scores["caption_z"] = (inputs.rows, found.z[inputs.rows])
     notes = {"wrong_caption_share": round(found.wrong_share, 4), "caption_separation": round(found.separation, 4)}
-    if found.wrong_share > MOST_WRONG or found.separation < LEAST_SEPARATION:
+    if found.wrong_share > MOST_WRONG or found.power < LEAST_POWER:
         warning = (
-            f"wrong_caption held back: by this encoder {found.wrong_share:.0%} of the captions fit no better than "
-            f"captions dealt at random (a real pair beats a random one in {found.separation:.0%} of cases; chance is "
-            "50 %). It cannot tell which are wrong; is it the encoder of this language and these pictures?"
+            f"wrong_caption held back: to this encoder {found.wrong_share:.0%} of the captions fit no better than ones "
+            f"dealt at random, and what is left beats a random one in {found.power:.0%} of cases (chance: 50 %). It "
+            "cannot tell which are wrong; is it the encoder for this language and these pictures?"
         )
         return Finding(inputs.rows[:0], scores=scores, threshold=limit, notes=notes, warning=warning)
     rejected = inputs.rows[found.wrong[inputs.rows] >= limit]
