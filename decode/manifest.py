@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.core.errors import EclipseError, UsageError
-from ..pipeline.core.files import TEMPORARY_PREFIX, write_json
+from ..pipeline.core.files import TEMPORARIES, write_json
 
 NAME = "manifest.json"
 PAGES = ("index.html", "contact_sheet.png")
@@ -38,6 +38,9 @@ def claim(folder: Path, settings: dict[str, Any], files: Sequence[str], *, overw
         UsageError: the folder holds pictures of other settings, or files that are not ours.
     """
     found = read(folder)
+    # A render that was killed as it began leaves the half-written manifest, which the lock sweeps in renders/ alone.
+    for leftover in list(folder.rglob(TEMPORARIES)):
+        leftover.unlink(missing_ok=True)
     if found is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(
@@ -53,8 +56,6 @@ def claim(folder: Path, settings: dict[str, Any], files: Sequence[str], *, overw
         )
     elif found["settings"] == settings and found["summary"] and _all_there(folder, files):
         return found["summary"]
-    for leftover in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        leftover.unlink()
     write(folder, settings, files, summary=None)
     return None
 

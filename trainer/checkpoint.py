@@ -42,7 +42,7 @@ def save_checkpoint(
     """Write folder/step-NNNNNNNN, point folder/../latest to it, and remove all but the `keep` newest."""
     from safetensors.torch import save_file
 
-    path = folder / f"step-{step:08d}"
+    path = _path(folder, step)
     with atomic_path(path) as temporary:
         temporary.mkdir()
         for name, named in tensors.items():
@@ -51,7 +51,7 @@ def save_checkpoint(
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
         record = {"step": step, "state": state, "checksums": checksums}
         write_json(temporary / STATE, {**record, "checksum": _record_checksum(record)})
-    _point(folder.parent / "latest", path)
+    point_latest(folder, step)
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
     return path
@@ -105,7 +105,15 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def _point(link: Path, target: Path) -> None:
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def point_latest(folder: Path, step: int) -> None:
+    """Have the link folder/../latest lead to the checkpoint of this step, if it does not."""
+    link, target = folder.parent / "latest", _path(folder, step)
+    if link.is_symlink() and link.resolve() == target.resolve():
+        return
     temporary = link.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))

@@ -19,7 +19,7 @@ from ..pipeline.cache.store import Store
 from ..pipeline.core import hub
 from ..pipeline.core.card import CARD_NAME, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
-from .checkpoint import load_newest, save_checkpoint
+from .checkpoint import load_newest, point_latest, save_checkpoint
 from .data.captions import EmptyCaption
 from .data.feeds import StatesFrom
 from .data.live_text import live_text
@@ -128,6 +128,8 @@ class Run:
         restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
         self.guard = Guard(**state["guard"])
         self.step, self.best = found.step, state["best"]
+        if self.world.leads:  # which a run killed just after it wrote the checkpoint has not done
+            point_latest(folder, self.step)
         if state["fingerprint"] == self.job.continues and self.world.leads:
             options = self.job.options
             rate = learning_rate(

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,12 @@ def present(
     While working, standard output (also that of libraries and children) is sent to standard error.
     """
     try:
-        with _sigterm_raises(), one_interrupt(lambda: _end_children(patience_s=0)), _stdout_is_stderr():
+        with (
+            _sigterm_raises(),
+            one_interrupt(lambda: _end_children(patience_s=0)),
+            _a_line_a_thread(debug),
+            _stdout_is_stderr(),
+        ):
             result = work(Progress(quiet=quiet))
     except BaseException as error:
         raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
@@ -201,6 +207,23 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _a_line_a_thread(debug: bool) -> Iterator[None]:
+    """What ends a library's thread, such as a full disk under TensorBoard's, is a line, not a traceback."""
+
+    def tell(ended: threading.ExceptHookArgs) -> None:
+        if debug and ended.exc_value is not None:
+            traceback.print_exception(ended.exc_value)
+        name = ended.thread.name if ended.thread is not None else "a thread"
+        print(printable(f"{name} ended: {ended.exc_value or ended.exc_type.__name__}"), file=sys.stderr)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY_PREFIX = ".tmp-"  # the holder of the workspace's lock may remove whatever is called so
+TEMPORARY_PREFIX = ".tmp-"
+# What the holder of the workspace's lock may remove: ours, and what safetensors writes beside the file it is to make.
+TEMPORARIES = ".tmp*"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 from .card import CARD_NAME, STAGES, Card
 from .errors import EclipseError, UsageError
-from .files import TEMPORARY_PREFIX, atomic_path, remove, write_json  # noqa: F401  (moved to files.py)
+from .files import TEMPORARIES, TEMPORARY_PREFIX, atomic_path, remove, write_json  # noqa: F401  (moved to files.py)
 from .stage import Stage, settle
 
 TAKING_S = 0.5  # patience for a lock that `status` holds for a moment
@@ -136,7 +136,7 @@ class Workspace:
         deep = (self.prior, self.renders, self.reports, self.logs)
         flat = (self.root, self.images, self.embeddings)  # nothing but files lies there, and very many
         for folder, pattern in [*((f, "**/") for f in deep), *((f, "") for f in flat)]:
-            for leftover in list(folder.glob(f"{pattern}{TEMPORARY_PREFIX}*")):
+            for leftover in list(folder.glob(f"{pattern}{TEMPORARIES}")):
                 remove(leftover)
 
 
