@@ -34,12 +34,13 @@ from .build_movq import load as load_movq
 from .build_unet import load as load_unet
 from .build_unet import negative_embedding
 from .decoder_steps import Step
-from .device_judge import Judge, PromptTexts, Sampler, evaluation_texts, judges, validation_prompts
+from .device_judge import EVALUATED, Judge, PromptTexts, Sampler, judges, validation_prompts
 from .ensemble import Ensemble, Settings, Training, orders
 from .levers import SEEDS, Lever, combined, levers
 from .scene_stream import BLOCK, Drawn, Order, stream, workers
 from .score import encode_scenes
 from .shapes import World
+from .truth import evaluation_texts
 
 REFERENCES = {
     "small": (PRESETS["small"], Settings(0, 1024, learning_rate=6e-3, warmup=200, ema=0.999, half=True)),
@@ -143,7 +144,7 @@ class Further:
         self.log: dict[str, Any] = {"device": device, "torch": torch.__version__, "curves": {}, "levers": {}}
         world = World()
         self.prompts = validation_prompts(world, sizes.prompts)
-        texts = evaluation_texts(world) | {p.text for p in self.prompts}
+        texts = evaluation_texts(world, EVALUATED) | {p.text for p in self.prompts}
         self.judge_pool = judges(self.prompts, max(1, processes // 3))
         self.pool = workers(world, processes, texts)
         self.blocks = stream(self.pool, drawing_orders(sizes))

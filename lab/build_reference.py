@@ -24,10 +24,11 @@ from .bank import Encoded, PairBank, encoded
 from .build_movq import load as load_movq
 from .build_unet import load as load_unet
 from .build_unet import negative_embedding
-from .device_judge import Judge, PromptTexts, Sampler, evaluation_texts, judges, validation_prompts
+from .device_judge import EVALUATED, Judge, PromptTexts, Sampler, judges, validation_prompts
 from .ensemble import Ensemble, Settings, Training
 from .scene_stream import Order, draw_block, prepare
 from .shapes import World
+from .truth import evaluation_texts
 
 SEED, BATCH, BLOCK = 0, 128, 250
 ROOM = 40_000  # distinct scenes at most
@@ -44,7 +45,7 @@ def build(folder: Path, minutes: float, pictures: int = ROOM, first: int = FIRST
     folder.mkdir(parents=True, exist_ok=True)
     world = World()
     validation = validation_prompts(world, prompts)
-    texts = evaluation_texts(world) | {p.text for p in validation}
+    texts = evaluation_texts(world, EVALUATED) | {p.text for p in validation}
     context = multiprocessing.get_context("spawn")
     blocks: Any = context.Queue(8)
     feeder = context.Process(target=_feed, args=(blocks, texts, pictures), daemon=True)

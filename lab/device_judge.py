@@ -25,6 +25,7 @@ from .ensemble import LENGTHS, Ensemble, forward
 from .graphs import captured
 from .score import SPLITS, category_means
 from .shapes import CATEGORIES, VALIDATION, Prompt, World
+from .truth import evaluation_texts
 
 EVALUATED = 400  # prompts of a category and split that `evaluate` may ask and that nothing here is trained or tried on
 STEPS, GUIDANCE = 10, 2.0  # of the card
@@ -32,14 +33,9 @@ _NOISE = 41
 _READ_AT_ONCE = 16
 
 
-def evaluation_texts(world: World) -> set[str]:
-    """What `evaluate` asks, up to EVALUATED prompts a category and split."""
-    return {p.text for c in CATEGORIES for split in SPLITS for p in world.prompts(c, EVALUATED, split)}
-
-
 def validation_prompts(world: World, each: int) -> list[Prompt]:
     """`each` prompts of every category and split, from a stream of their own, without those of the evaluation."""
-    asked = evaluation_texts(world)
+    asked = evaluation_texts(world, EVALUATED)
     found: list[Prompt] = []
     for category in CATEGORIES:
         for split in SPLITS:

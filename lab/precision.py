@@ -25,27 +25,39 @@ def measure(ws: Workspace) -> dict[str, Any]:
     Copies: an original and its copies are a group, and of the members that come to the copy rules all but one should
     be rejected, whichever stays. A rejection as a copy is right while another member of its group is kept; a group
     that is left with more than one has misses. Members that failed to download, or that other rules rejected, are
-    neither right nor wrong here. Wrong captions: row by row. By kind: precision, recall, found, planted, rejected.
+    neither right nor wrong here. A picture is kept while one of its captions is. Wrong captions: pair by pair.
+    By kind: precision, recall, found, planted, rejected.
     """
-    plan, reasons = _verdicts(ws)
+    plan, pairs = _verdicts(ws)
+    reasons = {row: _of_picture(some) for row, some in pairs.items()}
     kinds = {"copies": COPY_REASONS, "exact_copies": COPY_REASONS[:1], "near_copies": COPY_REASONS[1:]}
     result = {name: _copies(plan, reasons, which) for name, which in kinds.items()}
-    result["wrong_captions"] = _captions(plan, reasons)
+    result["wrong_captions"] = _captions(plan, pairs)
     for name, (precision, recall) in TARGETS.items():
         result[name]["target"] = {"precision": precision, "recall": recall}
         result[name]["met"] = result[name]["precision"] >= precision and result[name]["recall"] >= recall
     return result
 
 
-def _verdicts(ws: Workspace) -> tuple[list[Planted], dict[int, str | None]]:
-    """The plan, and the reason (None: kept) of every row of the list that was embedded."""
+def _verdicts(ws: Workspace) -> tuple[list[Planted], dict[int, list[str | None]]]:
+    """The plan, and of every picture that was embedded the reason of each of its pairs (None: kept)."""
     source = ws.card.source
     assert source.kind == "shapes"
     store = Store.open(ws.embeddings)
     table = pq.read_table(ws.selection, columns=["part", "row", "reason"])
     rows = store.rows_of(table["part"].to_numpy(), table["row"].to_numpy())
     numbers = [row_of(url) for url in store.column("url", rows).to_pylist()]
-    return planted(source.seed, source.rows), dict(zip(numbers, table["reason"].to_pylist(), strict=True))
+    pairs: dict[int, list[str | None]] = defaultdict(list)
+    for number, reason in zip(numbers, table["reason"].to_pylist(), strict=True):
+        pairs[number].append(reason)
+    return planted(source.seed, source.rows), pairs
+
+
+def _of_picture(reasons: list[str | None]) -> str | None:
+    """None if a pair is kept, else that it is a copy, else what its first pair was rejected for."""
+    if None in reasons:
+        return None
+    return next((reason for reason in reasons if reason in COPY_REASONS), reasons[0])
 
 
 def _copies(plan: list[Planted], reasons: dict[int, str | None], which: tuple[str, ...]) -> dict[str, Any]:
@@ -68,10 +80,11 @@ def _copies(plan: list[Planted], reasons: dict[int, str | None], which: tuple[st
     return _figures(right, len(rejected), found, planted_count)
 
 
-def _captions(plan: list[Planted], reasons: dict[int, str | None]) -> dict[str, Any]:
-    wrong = {entry.row for entry in plan if entry.kind == "wrong_caption" and entry.row in reasons}
-    rejected = {row for row, reason in reasons.items() if reason in CAPTION_REASONS}
-    return _figures(len(wrong & rejected), len(rejected), len(wrong & rejected), len(wrong))
+def _captions(plan: list[Planted], pairs: dict[int, list[str | None]]) -> dict[str, Any]:
+    wrong = [reason for entry in plan if entry.kind == "wrong_caption" for reason in pairs.get(entry.row, ())]
+    found = sum(reason in CAPTION_REASONS for reason in wrong)
+    rejected = sum(reason in CAPTION_REASONS for some in pairs.values() for reason in some)
+    return _figures(found, rejected, found, len(wrong))
 
 
 def _figures(right: int, rejected: int, found: int, planted_count: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..pipeline.core.workspace import Workspace
 from ..pipeline.download.url_list import UrlList
 from .drawing import draw
 from .shapes import World
-from .truth import Planted, caption_of, planted
+from .truth import Planted, captions_of, evaluation_texts, planted
 
 if TYPE_CHECKING:
     from ..pipeline.core.source import ShapesSource
@@ -83,7 +83,7 @@ def serve(ws: Workspace) -> Iterator[UrlList]:
 
 
 def _order(source: ShapesSource, path: Path) -> bytes:
-    order = {"seed": source.seed, "rows": source.rows, "held_out": source.held_out, "list": str(path)}
+    order = {**source.model_dump(include={"seed", "rows", "captions", "held_out"}), "list": str(path)}
     return json.dumps(order).encode() + b"\n"
 
 
@@ -204,11 +204,13 @@ def _listen(port: int) -> socket.socket:
     return listening
 
 
-def write_list(path: Path, world: World, plan: list[Planted], port: int) -> None:
-    """The list as Parquet, whole or not at all."""
+def write_list(path: Path, world: World, plan: list[Planted], captions: int, port: int) -> None:
+    """The list as Parquet, whole or not at all: a row for each caption, at most `captions` of a picture."""
+    without = evaluation_texts(world) if captions > 1 else set[str]()  # lists of one caption stay as they always were
+    told = [captions_of(world, entry, len(plan), captions, without) for entry in plan]
     columns = {
-        "url": [f"http://{HOST}:{port}{entry.path}" for entry in plan],
-        "caption": [caption_of(world, entry, len(plan)) for entry in plan],
+        "url": [f"http://{HOST}:{port}{e.path}" for e, some in zip(plan, told, strict=True) for _ in some],
+        "caption": [caption for some in told for caption in some],
     }
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())], metadata={_PORT_KEY: str(port).encode()})
     with atomic_path(path) as temporary:
@@ -230,7 +232,7 @@ def main() -> None:
     plan = planted(order["seed"], order["rows"])
     port = listening.getsockname()[1]
     if is_new:
-        write_list(path, world, plan, port)
+        write_list(path, world, plan, order["captions"], port)
     print(json.dumps({"port": port}), flush=True)
     asyncio.run(_serve(listening, Pictures(world, plan)))
 

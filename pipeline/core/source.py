@@ -38,7 +38,8 @@ class ShapesSource(FetchOptions):
 
     kind: Literal["shapes"] = Field("shapes", description="shapes: the world that ships with the installation")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the world's scenes, captions and planted dirt")
-    rows: int = Field(8000, ge=1, le=100_000_000, description="rows of the served list, dirt included")
+    rows: int = Field(8000, ge=1, le=100_000_000, description="pictures of the served list, dirt included")
+    captions: int = Field(1, ge=1, le=5, description="captions of a picture at most, as COCO has five: a row for each")
     held_out: float = Field(0.15, ge=0, lt=1, description="share of (color, shape) compositions kept out of training")
     patience_s: Annotated[float, NOTHING] = Field(
         20.0, gt=0, le=86_400, description="seconds to wait for the world's own server"
@@ -206,12 +207,15 @@ def _named(names: str | list[str]) -> str | list[str]:
 Source = Annotated[
     ShapesSource | UrlSource | WebdatasetSource | FolderSource | TableSource, Field(discriminator="kind")
 ]
+CAPTIONS_GAIN = 0.86  # further captions of a picture of shapes for each one allowed: not every category fits each scene
 PLACES = ("urls", "shards", "folder", "table")  # keys of a source that name files
 
 
 def expected_rows(source: Source) -> int | None:
     """Pairs that a source should give, if the card says so."""
-    return source.rows if isinstance(source, ShapesSource) else source.expected_rows
+    if isinstance(source, ShapesSource):
+        return round(source.rows * (1 + CAPTIONS_GAIN * (source.captions - 1)))
+    return source.expected_rows
 
 
 def named_files(source: Source, root: Path) -> list[Path]:

@@ -14,7 +14,6 @@ from eclipse.lab.device_judge import (
     Judge,
     PromptTexts,
     Sampler,
-    evaluation_texts,
     judges,
     validation_prompts,
 )
@@ -22,6 +21,7 @@ from eclipse.lab.ensemble import LENGTHS, Ensemble
 from eclipse.lab.scene_stream import Order, captions_of, draw_block, workers
 from eclipse.lab.score import encode_scenes
 from eclipse.lab.shapes import CATEGORIES, World
+from eclipse.lab.truth import evaluation_texts
 from eclipse.pipeline.core.card import MODELS
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.embed.clip import Encoder
@@ -38,8 +38,8 @@ def encoder() -> Encoder:
 def test_validation_prompts_are_none_of_the_evaluation() -> None:
     prompts = validation_prompts(WORLD, 20)
     assert len({p.text for p in prompts}) == len(prompts) == 20 * len(CATEGORIES) * 2
-    assert not {p.text for p in prompts} & evaluation_texts(WORLD)
-    assert {p.text for p in WORLD.prompts("spatial", EVALUATED, "unseen")} <= evaluation_texts(WORLD)
+    assert not {p.text for p in prompts} & evaluation_texts(WORLD, EVALUATED)
+    assert {p.text for p in WORLD.prompts("spatial", EVALUATED, "unseen")} <= evaluation_texts(WORLD, EVALUATED)
 
 
 def test_the_sampler_draws_what_the_pipeline_does(encoder: Encoder) -> None:

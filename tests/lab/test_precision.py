@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic_cache
+from eclipse.lab import precision
 from eclipse.lab.precision import measure
 from eclipse.lab.truth import Planted, planted
 from eclipse.pipeline.core.card import Card
@@ -71,6 +72,24 @@ def test_misses_and_false_alarms_are_counted(world) -> None:
     )
     wrong = figures["wrong_captions"]
     assert wrong["recall"] == 1 and wrong["precision"] == pytest.approx(1 - 1 / wrong["rejected"], abs=1e-4)
+
+
+def test_of_several_captions_pairs_count_for_captions_and_pictures_for_copies(world) -> None:
+    """A picture is kept while one of its pairs is; each of its wrong captions is to be found."""
+    ws, live = world
+    plan = {entry.row: entry for entry in live}
+    copy = next(entry for entry in live if entry.kind == "near_copy")
+    wrong = next(entry for entry in live if entry.kind == "wrong_caption")
+    assert copy.original is not None
+    pairs = {row: [None if entry.kind == "clean" else entry.kind] * 2 for row, entry in plan.items()}
+    pairs[wrong.row] = ["wrong_caption", None]
+    figures = precision._captions(live, pairs)  # type: ignore[arg-type]
+    planted_pairs = 2 * sum(entry.kind == "wrong_caption" for entry in live)
+    assert (figures["found"], figures["planted"]) == (planted_pairs - 1, planted_pairs)
+    pairs[copy.original] = ["wrong_caption", None]
+    reasons = {row: precision._of_picture(some) for row, some in pairs.items()}  # type: ignore[arg-type]
+    assert reasons[copy.original] is None and reasons[copy.row] == "near_copy"
+    assert precision._of_picture(["low_clip_score", "exact_copy"]) == "exact_copy"
 
 
 def test_losing_a_whole_group_is_no_success(world) -> None:
