@@ -76,7 +76,7 @@ def test_misses_and_false_alarms_are_counted(world) -> None:
 
 def test_of_several_captions_pairs_count_for_captions_and_pictures_for_copies(world) -> None:
     """A picture is kept while one of its pairs is; each of its wrong captions is to be found."""
-    ws, live = world
+    _, live = world
     plan = {entry.row: entry for entry in live}
     copy = next(entry for entry in live if entry.kind == "near_copy")
     wrong = next(entry for entry in live if entry.kind == "wrong_caption")
