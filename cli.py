@@ -117,6 +117,7 @@ def init(
 @app.command()
 def cards(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this card in full.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every key that a card may have.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -126,10 +127,11 @@ def cards(
     Examples:
       eclipse cards
       eclipse cards coco > my-card.yaml
+      eclipse cards --keys
     """
     from .pipeline.core.results import read_cards, show_cards
 
-    present(lambda progress: read_cards(name), show_cards, as_json=as_json, debug=debug)
+    present(lambda progress: read_cards(name, keys=keys), show_cards, as_json=as_json, debug=debug)
 
 
 @app.command()

@@ -304,12 +304,14 @@ class Card(Section):
         except RecursionError:
             raise UsageError("the card is nested too deeply", where=str(path)) from None
         if not isinstance(data, dict):
-            raise UsageError("the card is empty or no mapping", where=str(path), hint="see `eclipse cards shapes`")
+            raise UsageError(
+                "the card is empty or no mapping", where=str(path), hint="`eclipse cards --keys` shows every key"
+            )
         data, notes = renamed(_absolute_urls(data, path))
         try:
             return cls.model_validate(data), [f"{path.name}: {note}" for note in notes]
         except ValidationError as error:
-            raise UsageError(_explain(error), where=str(path), hint="`eclipse cards shapes` shows every key") from error
+            raise UsageError(_explain(error), where=str(path), hint="`eclipse cards --keys` shows every key") from error
 
     def fingerprint(self, stage: str) -> str:
         """SHA-256 over every key that decides what `stage` makes, its own and those of the stages it is built on.
@@ -403,6 +405,20 @@ def resolve(text: str) -> str:
 def card_names() -> list[str]:
     """Names of the cards that ship with the installation."""
     return sorted(path.stem for path in CARDS.glob("*.yaml"))
+
+
+def every_key() -> Iterator[tuple[str, str, str]]:
+    """Each key of a card with its default and what it means; for `eclipse cards --keys`."""
+    for section in SECTIONS:
+        models = get_args(get_args(Source)[0]) if section == "source" else _models_of(section)
+        for model in models:
+            kind = f" (kind: {model.model_fields['kind'].default})" if section == "source" else ""
+            for name, field in model.model_fields.items():
+                required = field.is_required()
+                default = (
+                    "required" if required else json.dumps(field.get_default(call_default_factory=True), default=str)
+                )
+                yield f"{section}.{field.alias or name}{kind}", default, field.description or ""
 
 
 def find_card(name_or_path: str | Path) -> Path:

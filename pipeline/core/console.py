@@ -21,6 +21,13 @@ from .errors import EclipseError, Terminated
 from .interrupts import INTERRUPTED, one_interrupt
 from .progress import Progress, printable
 
+# Packages that come with an extra of the distribution, since using a prior takes none of them.
+EXTRAS = {
+    **dict.fromkeys(("img2dataset", "faiss", "aiohttp", "polars", "zlib_ng", "tensorboard"), "all"),
+    "ray": "ray",
+    "wandb": "wandb",
+}
+
 
 def present(
     work: Callable[[Progress], dict[str, Any]],
@@ -177,6 +184,11 @@ def explain(error: BaseException) -> EclipseError | Terminated:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         where = str(error.filename) if isinstance(error, OSError) and error.filename else None
         return EclipseError("the disk is full", where=where, hint=f"free some space, then {_again()}")
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+        return EclipseError(
+            f"the package {error.name} is not installed",
+            hint=f'install what this command needs: pip install "eclipse-prior[{extra}]"',
+        )
     if isinstance(error, OSError) and error.filename:
         return EclipseError(error.strerror or text, where=str(error.filename))
     if isinstance(error, MemoryError) or "out of memory" in text.lower():

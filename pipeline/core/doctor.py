@@ -69,22 +69,30 @@ def _verdict(checks: dict[str, list[dict[str, str]]], broken: int) -> str:
 
 
 def _packages() -> Iterator[dict[str, str]]:
-    supported = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    """Python, and every package that the distribution names; those of an extra may be missing."""
+    version = sys.version_info[:2]
+    advice = "" if version >= (3, 11) else "use 3.11 or later"
+    if version >= (3, 13):
+        advice = "img2dataset does not import on 3.13: `eclipse download` needs 3.11 or 3.12"
     yield check(
-        "ok" if supported else "broken", "Python", platform.python_version(), "" if supported else "use 3.11 or 3.12"
+        "note" if version >= (3, 13) else "broken" if advice else "ok", "Python", platform.python_version(), advice
     )
+    seen = set()
     for requirement in metadata.requires(DISTRIBUTION) or []:
         name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
-        optional = "extra ==" in requirement
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if name in (DISTRIBUTION, *seen):
+            continue
+        seen.add(name)
         try:
             yield check("ok", name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            to_do = f'if wanted: pip install "{DISTRIBUTION}[{name}]"' if optional else "install the project again"
-            yield check("note" if optional else "broken", name, "not installed", to_do)
+            wanted = "all" if extra and extra[1] in ("data", "train") else extra[1] if extra else ""
+            to_do = f'if wanted: pip install "{DISTRIBUTION}[{wanted}]"' if extra else "install the project again"
+            yield check("note" if extra else "broken", name, "not installed", to_do)
 
 
 def _devices() -> Iterator[dict[str, str]]:
-    import faiss
     import torch
 
     count = torch.cuda.device_count()
@@ -93,6 +101,10 @@ def _devices() -> Iterator[dict[str, str]]:
         yield check("ok", f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if count == 0:
         yield check("note", "GPU", "none", "every stage runs on the CPU; real cards want a GPU")
+    try:
+        import faiss
+    except ImportError:  # said above, with what to do
+        return
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     yield check(
         "ok" if gpus == count else "note",

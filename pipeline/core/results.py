@@ -51,10 +51,12 @@ def _show_dirt(dirt: dict[str, Any]) -> None:
     table(["planted dirt", "found", "precision", "recall", "target"], rows)
 
 
-def read_cards(name: str | None) -> dict[str, Any]:
-    """Every shipped card in short, or one in full with its comments."""
-    from .card import Card, card_names, find_card
+def read_cards(name: str | None, *, keys: bool = False) -> dict[str, Any]:
+    """Every shipped card in short, or one in full with its comments; or every key that a card may have."""
+    from .card import Card, card_names, every_key, find_card
 
+    if keys:
+        return {"keys": {key: {"default": default, "meaning": meaning} for key, default, meaning in every_key()}}
     if name is not None:
         card = Card.load(name)
         return {"card": card.model_dump(mode="json", by_alias=True), "text": find_card(name).read_text("utf-8")}
@@ -78,6 +80,9 @@ def _card_row(card: Any) -> dict[str, Any]:
 
 def show_cards(result: dict[str, Any]) -> None:
     """The list of cards, or the text of one: a file to start one's own from."""
+    if "keys" in result:
+        table(["key", "default", "meaning"], [[key, *row.values()] for key, row in result["keys"].items()])
+        return
     if "text" in result:
         sys.stdout.write(result["text"])
         return

@@ -111,7 +111,7 @@ def _with_rules(section: FilterSection, rules: Sequence[str]) -> FilterSection:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"]) or "filter"
         what = problem["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{key}: {what}", where="--rule", hint="see `eclipse cards shapes`") from None
+        raise UsageError(f"{key}: {what}", where="--rule", hint="`eclipse cards --keys` shows every key") from None
 
 
 def _judge(
