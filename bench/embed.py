@@ -29,7 +29,7 @@ from ..pipeline.core.workspace import Workspace
 from ..pipeline.embed.clip import Encoder
 from ..pipeline.embed.lane import TOKENS_PER_PICTURE, LaneSpec
 from ..pipeline.embed.stage import BATCH_SIZES, plan
-from ..pipeline.images.decode import Sample, decode, read_shard
+from ..pipeline.images.decode import Sample, open_picture, read_shard
 from .results import arguments, hardware, record, table
 
 END_TO_END = "eclipse embed, end to end"
@@ -86,8 +86,8 @@ def make_workspace(root: Path, model: str) -> Workspace:
 def forward_passes(encoder: Encoder, shards: Path, batch: int) -> dict[str, Callable[[], None]]:
     """Both towers over everything in the shards, decoded and tokenized beforehand, captions sorted by length."""
     samples = [item for tar in sorted(shards.glob("*.tar")) for item in read_shard(tar) if isinstance(item, Sample)]
-    pixels = np.stack([encoder.preprocess(decode(sample)) for sample in samples])  # type: ignore[arg-type]
-    ids, n_tokens = encoder.tokenize([sample.caption for sample in samples])
+    pixels = np.stack([encoder.preprocess(open_picture(sample.data)) for sample in samples])
+    ids, n_tokens = encoder.tokenize([caption for sample in samples for caption in sample.captions])
     order = torch.argsort(n_tokens, stable=True)
     ids, n_tokens = ids[order], n_tokens[order]
     texts = batch * TOKENS_PER_PICTURE // int(n_tokens.float().mean())
@@ -153,7 +153,7 @@ def measure(ws: Workspace, encoder: Encoder, pictures: int, rounds: int) -> dict
     They take turns, so that other work on the machine meets all of them; CPU seconds count that work least.
     """
 
-    spec = LaneSpec(ws.card.encoder.model, None, "fp32", (), text_states=True, card="", decode_threads=0)
+    spec = LaneSpec(ws.card.encoder.model, None, "fp32", (), text_states=True, card="")
     lane = spec.build("cpu")
 
     def end_to_end() -> None:

@@ -111,7 +111,8 @@ def karlo() -> KarloDecoder:
             )
             for _ in range(2)
         )
-    models: list[Any] = [model.to(DTYPE).eval() for model in (text_proj, decoder, first, last)]
+    networks: tuple[Any, ...] = (text_proj, decoder, first, last)
+    models = [network.to(DTYPE).eval() for network in networks]
     parts = Parts(
         *models,
         decoder_scheduler=UnCLIPScheduler(variance_type="learned_range"),

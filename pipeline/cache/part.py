@@ -26,6 +26,7 @@ from .parquet_map import Chunk, find_page, map_file
 
 FORMAT_VERSION = 1
 META_KEY = b"eclipse"
+ACCOUNT_KEY = b"eclipse.account"
 NAME = re.compile(r"part-(\d{5,})\.parquet")
 ROW_GROUP_BYTES = 256 << 20  # the writer holds one row group in memory, and a page must stay under 2 GiB
 THUMBNAIL_BYTES = 256  # 16×16 grey levels
@@ -116,12 +117,15 @@ class PartWriter:
     text_states (sum of n_tokens, W) float16, captions end to end; clip_score, aesthetic_score, safety_score (n,)
     float32. Token states and the last two exactly if `meta` says so. `write` raises EclipseError naming file and
     row key for anything else, numbers that are not finite included.
+
+    account: JSON-ready, set before the block ends; goes into the footer for `read_account`, and for nobody else.
     """
 
     def __init__(self, path: Path, meta: PartMeta, *, row_group_bytes: int = ROW_GROUP_BYTES) -> None:
         self.path = Path(path)
         self.meta = meta
         self.rows = 0
+        self.account: dict[str, Any] | None = None
         self._number = part_number(self.path)
         self._schema = part_schema(meta)
         self._row_group_bytes = row_group_bytes
@@ -150,7 +154,10 @@ class PartWriter:
                 self._flush()
                 record = {"format_version": FORMAT_VERSION, **asdict(self.meta)}
                 record |= {"part": self._number, "rows": self.rows}
-                self._file.add_key_value_metadata({META_KEY: json.dumps(record).encode()})
+                texts = {META_KEY: json.dumps(record).encode()}
+                if self.account is not None:
+                    texts[ACCOUNT_KEY] = json.dumps(self.account).encode("ascii")  # names in tars may be no Unicode
+                self._file.add_key_value_metadata(texts)
             self._file.close()
             if error[0] is None:
                 _check_pages(read_part(self._temporary, number=self._number))
@@ -244,6 +251,16 @@ def read_part(path: Path, *, number: int | None = None) -> Part:
         return _read_part(path, number, pq.read_metadata(path))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names in a damaged footer
         raise EclipseError(f"not a whole Parquet file: {error}", where=str(path), hint=REEMBED) from error
+
+
+def read_account(path: Path) -> dict[str, Any] | None:
+    """What the writer of this part noted about its inputs; None if it did not. Raises EclipseError, ValueError."""
+    try:
+        require_regular(path)
+        text = (pq.read_metadata(path).metadata or {}).get(ACCOUNT_KEY)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise EclipseError(f"not a whole Parquet file: {error}", where=str(path), hint=REEMBED) from error
+    return None if text is None else json.loads(text)
 
 
 def _read_part(path: Path, number: int, footer: pq.FileMetaData) -> Part:

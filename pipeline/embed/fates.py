@@ -1,15 +1,13 @@
-"""What became of every input of one image shard, kept among the logs. Written by lanes, added up by embed.py."""
+"""What became of every input of one image shard, kept in its part's footer. Written by lanes, added up by stage.py."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..cache.part import PartMeta, read_part
+from ..cache.part import PartMeta, read_account, read_part
 from ..core.errors import EclipseError
-from ..core.files import atomic_path
 from ..images.rejects import Reject
 from ..images.tar import require_regular
 from .tasks import ShardTask
@@ -35,18 +33,22 @@ class Fate:
                 hint="this is a fault of eclipse: please report it with the shard",
             )
 
-    def save(self, path: Path) -> None:
-        with atomic_path(path) as temporary:  # ASCII escapes: names in tars need not be valid Unicode
-            temporary.write_text(json.dumps(asdict(self)), encoding="ascii")
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
-    def load(cls, path: Path) -> Fate | None:
-        """None if there is none that can be read: then the shard is embedded again."""
+    def load(cls, task: ShardTask) -> Fate | None:
+        """The account in the part's footer, or the file that older versions kept beside it.
+
+        None if there is none that can be read: then the shard is embedded again.
+        """
         try:
-            require_regular(path)
-            data: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+            data = read_account(task.part)
+            if data is None:
+                require_regular(task.fate)
+                data = json.loads(task.fate.read_text(encoding="ascii"))
             fate = cls(**{**data, "rejected": [Reject(**reject) for reject in data["rejected"]]})
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (EclipseError, OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return fate if all(map(_well_typed, (fate, *fate.rejected))) else None
 
@@ -64,7 +66,7 @@ def finished(task: ShardTask, meta: PartMeta) -> Fate | None:
     """
     if not task.part.exists():
         return None
-    fate = Fate.load(task.fate)
+    fate = Fate.load(task)
     try:
         part = read_part(task.part)
     except EclipseError:

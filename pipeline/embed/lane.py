@@ -1,15 +1,16 @@
 """One device's lane: image shards in, embedding parts out; reading, decoding, encoding and writing overlap.
 
-Run by embed.py in its own process on a CPU, by embed_worker.py in one process a device, and by tasks on a cluster.
+Run by run.py in the stage's own process on a CPU, and by worker.py in one process a device, here or on a cluster.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..cache.part import PartMeta
-from ..images.decode import Sample, decode, thumbnail
+from ..images.decode import BadPictureError, Sample, open_picture, thumbnail
 from ..images.rejects import Reject
 from .clip import Encoder
 from .heads import LinearHead, load_head
 from .reader import LaneReader
 from .tasks import Advanced, Event, ShardTask
-from .writer import Chunk, LaneWriter, Row, Shard
+from .writer import Chunk, LaneWriter, Picture, Shard
 
-CHUNK_ROWS = 4096  # rows held until their captions are sorted by length, encoded and written
+CHUNK_ROWS = 4096  # pairs held until their captions are sorted by length, encoded and written
+MOST_DECODE_THREADS = 16  # a lane: beyond this Python's lock is the limit
 TOKENS_PER_PICTURE = 32  # a batch of text holds this many tokens for each picture in a batch of pictures
 AHEAD = 3  # batches queued on a GPU, or for each thread of a CPU, beyond the last one that is known to be done
 LONGEST_SIDES = 1000  # a picture this many times longer than wide would be blown up by the resize before the crop
@@ -43,10 +45,16 @@ class LaneSpec:
     heads: tuple[tuple[str, str], ...]  # kind, aesthetic or safety, and file
     text_states: bool
     card: str
-    decode_threads: int
+    lanes: int = 1  # that share the machine where it is built, and its cores
 
     def build(self, device: str) -> Lane:
-        """Load encoder and heads. Raises what Encoder.load and load_head raise."""
+        """Load encoder and heads, under the same settings wherever it is. Raises what Encoder.load and load_head do."""
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+            # `benchmark` would choose kernels by timing them, and parts would differ from run to run. A ViT has one
+            # convolution, so nothing is lost; a convolutional tower is a little slower for it.
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         encoder = Encoder.load(self.model, self.pretrained, precision=self.precision, device=device)
         heads = {f"{kind}_score": load_head(kind, file, encoder.embedding_dim, device) for kind, file in self.heads}
         meta = PartMeta(
@@ -60,16 +68,18 @@ class LaneSpec:
             text_states=self.text_states,
             **dict.fromkeys(heads, True),
         )
-        return Lane(encoder, heads, meta, decode_threads=self.decode_threads)
+        cores = len(os.sched_getaffinity(0))
+        return Lane(encoder, heads, meta, decode_threads=max(1, min(MOST_DECODE_THREADS, cores // self.lanes)))
 
 
 @dataclass
 class _Encoding:
-    """What the encoder has of the shard in its hands: rows waiting for a full batch, and rows of the open chunk."""
+    """What the encoder has of the shard in its hands: pictures that wait for a full batch, and the open chunk's."""
 
-    waiting: list[Row] = field(default_factory=list)
-    encoded: list[Row] = field(default_factory=list)
+    waiting: list[Picture] = field(default_factory=list)
+    encoded: list[Picture] = field(default_factory=list)
     images: list[Future[Tensor]] = field(default_factory=list)
+    rows: int = 0  # pairs of the open chunk
 
 
 class Lane:
@@ -106,10 +116,15 @@ class Lane:
         ):
             state = _Encoding()
             for shard, group in reader:
+                exhausted = ""
                 try:
                     self._step(shard, group, state, writer, report)
                 except torch.OutOfMemoryError as error:
-                    shard.error = error
+                    exhausted = str(error)
+                if exhausted:
+                    # Not in the handler: while the exception lives its traceback holds every frame's activations, and
+                    # there would be nothing to give back.
+                    shard.error, state = MemoryError(exhausted), _Encoding()
                     torch.cuda.empty_cache()
                 if group is None:
                     writer.put(shard, None)
@@ -136,28 +151,37 @@ class Lane:
             wait([self._encodes.popleft()])
         return self._encodes[-1]
 
-    def _prepare(self, items: list[Sample | Reject]) -> list[Row | Reject]:
+    def _prepare(self, items: list[Sample | Reject]) -> list[Picture | Reject]:
         """Decode, resize, tokenize: all that needs no device. Runs in the decode threads."""
-        outcomes = [self._row(item) if isinstance(item, Sample) else item for item in items]
-        rows = [outcome for outcome in outcomes if isinstance(outcome, Row)]
-        tokens = self.encoder.tokenize_captions([row.sample.caption for row in rows])
-        columns = (tokens.ids.numpy(), tokens.n_tokens.tolist(), tokens.truncated.tolist())
-        for row, *values in zip(rows, *columns, strict=True):
-            row.tokens, row.n_tokens, row.truncated = values
+        outcomes: list[Picture | Reject] = []
+        for item in items:
+            outcomes += [item] if isinstance(item, Reject) else self._pictures(item)
+        pictures = [outcome for outcome in outcomes if isinstance(outcome, Picture)]
+        tokens = self.encoder.tokenize_captions([c for picture in pictures for c in picture.sample.captions])
+        ids, n_tokens, truncated = tokens.ids.numpy(), tokens.n_tokens.numpy(), tokens.truncated.numpy()
+        first = 0
+        for picture in pictures:
+            own = slice(first, first + len(picture.sample.captions))
+            picture.tokens, picture.n_tokens = ids[own], n_tokens[own]
+            picture.truncated = int(truncated[own].sum())
+            first = own.stop
         return outcomes
 
-    def _row(self, sample: Sample) -> Row | Reject:
-        picture = decode(sample)
-        if isinstance(picture, Reject):
-            return picture
-        if max(picture.size) > LONGEST_SIDES * min(picture.size):
-            return Reject(sample.shard, sample.key, "too_narrow", sample.url, sample.caption)
-        return Row(sample, picture.size, self.encoder.preprocess(picture), thumbnail(picture))
+    def _pictures(self, sample: Sample) -> list[Picture] | list[Reject]:
+        """The sample, decoded; a Reject for each of its captions if that cannot be done."""
+        try:
+            image = open_picture(sample.data)
+        except BadPictureError as error:
+            return sample.rejects(error.reason)
+        if max(image.size) > LONGEST_SIDES * min(image.size):
+            return sample.rejects("too_narrow")
+        # The file's bytes go: a chunk waits for thousands of pictures.
+        return [Picture(replace(sample, data=b""), image.size, self.encoder.preprocess(image), thumbnail(image))]
 
     def _step(
         self,
         shard: Shard,
-        group: Future[list[Row | Reject]] | None,
+        group: Future[list[Picture | Reject]] | None,
         state: _Encoding,
         writer: LaneWriter,
         report: Callable[[Event], None],
@@ -167,27 +191,28 @@ class Lane:
         rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
         shard.fate.rejected += rejects
         if rejects:
-            report(Advanced(0, len(rejects)))
+            report(Advanced(0, len({reject.key for reject in rejects})))  # progress counts pictures, fates pairs
         if shard.error is not None:
             return
-        state.waiting += [outcome for outcome in outcomes if isinstance(outcome, Row)]
+        state.waiting += [outcome for outcome in outcomes if isinstance(outcome, Picture)]
         size = shard.task.batch_size
         while len(state.waiting) >= size or (group is None and state.waiting):
             batch, state.waiting = state.waiting[:size], state.waiting[size:]
             state.images.append(self._compute(self._encode_images, batch, report))
             state.encoded += batch
-            if len(state.encoded) >= CHUNK_ROWS:
+            state.rows += sum(len(picture.n_tokens) for picture in batch)
+            if state.rows >= CHUNK_ROWS:
                 self._flush(shard, state, writer)
         if group is None and state.encoded:
             self._flush(shard, state, writer)
 
-    def _encode_images(self, rows: list[Row], report: Callable[[Event], None]) -> Tensor:
+    def _encode_images(self, pictures: list[Picture], report: Callable[[Event], None]) -> Tensor:
         """(B, D) float32 on the device, on a GPU perhaps still being computed."""
-        shape = (len(rows), *rows[0].pixels.shape)
+        shape = (len(pictures), *pictures[0].pixels.shape)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
-        np.stack([row.pixels for row in rows], out=pixels.numpy())
-        for row in rows:
-            row.pixels = NO_PIXELS
+        np.stack([picture.pixels for picture in pictures], out=pixels.numpy())
+        for picture in pictures:
+            picture.pixels = NO_PIXELS
         embedding = self.encoder.encode_images(pixels)
         if self._cuda:
             event = torch.cuda.Event()
@@ -195,35 +220,36 @@ class Lane:
             self._events.append(event)
             if len(self._events) > AHEAD:
                 self._events.popleft().synchronize()
-        report(Advanced(len(rows), 0))
+        report(Advanced(len(pictures), 0))
         return embedding
 
     def _flush(self, shard: Shard, state: _Encoding, writer: LaneWriter) -> None:
         """Encode the captions of the open chunk, shortest first, and hand it to the writer."""
-        rows, images = state.encoded, state.images
-        state.encoded, state.images = [], []
-        n_tokens = np.array([row.n_tokens for row in rows])
+        pictures, images = state.encoded, state.images
+        state.encoded, state.images, state.rows = [], [], 0
+        tokens = np.concatenate([picture.tokens for picture in pictures])
+        n_tokens = np.concatenate([picture.n_tokens for picture in pictures])
         order = np.argsort(n_tokens, kind="stable")
         budget = shard.task.batch_size * TOKENS_PER_PICTURE
         texts = [
-            self._compute(self._encode_text, [rows[i] for i in order[batch]])
+            self._compute(self._encode_text, tokens[order[batch]], n_tokens[order[batch]])
             for batch in _batches_of_tokens(n_tokens[order], budget)
         ]
         if self._cuda:
-            chunk = self._compute(self._finish, rows, order, images, texts)
+            chunk = self._compute(self._finish, pictures, n_tokens, order, images, texts)
         else:  # it waits for its pieces: in the pool, it would keep a thread from encoding meanwhile
-            chunk = self._finisher.submit(self._finish, rows, order, images, texts)
+            chunk = self._finisher.submit(self._finish, pictures, n_tokens, order, images, texts)
         writer.put(shard, chunk)
 
-    def _encode_text(self, rows: list[Row]) -> tuple[Tensor, Tensor | None]:
-        ids = torch.from_numpy(np.stack([row.tokens for row in rows]))
-        features = self.encoder.encode_text(ids, torch.tensor([row.n_tokens for row in rows]))
+    def _encode_text(self, tokens: np.ndarray, n_tokens: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        features = self.encoder.encode_text(torch.from_numpy(tokens), torch.from_numpy(n_tokens))
         return features.embedding, features.states.half() if self.meta.text_states else None
 
     @torch.inference_mode()
     def _finish(
         self,
-        rows: list[Row],
+        pictures: list[Picture],
+        n_tokens: np.ndarray,
         order: np.ndarray,
         images: list[Future[Tensor]],
         texts: list[Future[tuple[Tensor, Tensor | None]]],
@@ -231,18 +257,27 @@ class Lane:
         """Put the pieces of a chunk together, once they are there, and score its pairs."""
         image = torch.cat([future.result() for future in images])
         embeddings, states = zip(*(future.result() for future in texts), strict=True)
-        text = torch.empty_like(image)
-        text[torch.from_numpy(order).to(text.device)] = torch.cat(embeddings)
+        owner = np.repeat(np.arange(len(pictures)), [len(picture.n_tokens) for picture in pictures])
+        places, owners = self._on_device(order), self._on_device(owner)
+        text = torch.empty(len(order), image.shape[1], dtype=image.dtype, device=image.device)
+        text[places] = torch.cat(embeddings)
         unit = normalize(image, dim=-1)
         return Chunk(
-            rows=rows,
+            pictures=pictures,
+            owner=owner,
             image=image.half(),
             text=text.half(),
             states=torch.cat(states) if self.meta.text_states else None,
+            n_tokens=n_tokens,
             order=order,
-            clip_score=(unit * normalize(text, dim=-1)).sum(-1),
+            clip_score=(unit[owners] * normalize(text, dim=-1)).sum(-1),
             head_scores={name: head(unit) for name, head in self.heads.items()},
         )
+
+    def _on_device(self, index: np.ndarray) -> Tensor:
+        """An index, copied without waiting for what the device is still computing."""
+        tensor = torch.from_numpy(index)
+        return tensor.pin_memory().to(self.encoder.device, non_blocking=True) if self._cuda else tensor
 
 
 def _batches_of_tokens(lengths: np.ndarray, budget: int) -> list[slice]:

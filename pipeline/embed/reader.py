@@ -10,28 +10,33 @@ from concurrent.futures import Future
 from ..images.decode import Sample
 from ..images.rejects import Reject
 from .tasks import ShardTask
-from .writer import Row, Shard
+from .writer import Picture, Shard
 
 GROUP = 32  # pictures that one thread decodes at a time: keeps the queue's cost off the single picture
+GROUP_BYTES = 8 << 20  # of files in a group, unless one alone is larger
+BYTES_AHEAD = 256 << 20  # of files read and not decoded yet: members may have 256 MB each, and groups are many
 
-Group = tuple[Shard, "Future[list[Row | Reject]] | None"]
+Group = tuple[Shard, "Future[list[Picture | Reject]] | None"]
 
 
 class LaneReader:
     """Reads shards and starts the decoding of their samples, at most `ahead` groups before the encoder.
 
-    Iterating gives (shard, group being decoded) in order, and (shard, None) at a shard's end.
+    Iterating gives (shard, group being decoded) in order, and (shard, None) at a shard's end. Of files that are read
+    and not decoded yet it holds at most BYTES_AHEAD, or one group if that alone is larger.
     """
 
     def __init__(
         self,
         tasks: Iterable[ShardTask],
-        start: Callable[[list[Sample | Reject]], Future[list[Row | Reject]]],
+        start: Callable[[list[Sample | Reject]], Future[list[Picture | Reject]]],
         ahead: int,
     ) -> None:
         self._tasks = tasks
         self._start = start
-        self._room = threading.Semaphore(ahead)
+        self._ahead = ahead
+        self._count = self._bytes = 0  # groups not taken by the encoder, bytes not decoded
+        self._changed = threading.Condition()
         self._groups: queue.Queue[Group | BaseException | None] = queue.Queue()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="read")
@@ -42,7 +47,7 @@ class LaneReader:
 
     def __exit__(self, *error: object) -> None:
         self._stopped = True
-        self._room.release(2)  # a reader that waits for room goes on, and stops
+        self._less(0, 0)  # a reader that waits for room goes on, and stops
 
     def __iter__(self) -> LaneReader:
         return self
@@ -54,7 +59,7 @@ class LaneReader:
         if isinstance(item, BaseException):
             raise item
         if item[1] is not None:
-            self._room.release()
+            self._less(1, 0)
         return item
 
     def _run(self) -> None:
@@ -74,18 +79,35 @@ class LaneReader:
 
     def _read(self, shard: Shard) -> None:
         items: list[Sample | Reject] = []
+        size = 0
         for item in shard.task.shard.samples() if shard.error is None else ():
-            shard.fate.inputs += 1
+            length = len(item.data) if isinstance(item, Sample) else 0
+            if items and (len(items) == GROUP or size + length > GROUP_BYTES):
+                self._submit(shard, items, size)
+                items, size = [], 0
+            shard.fate.inputs += len(item.captions) if isinstance(item, Sample) else 1
             items.append(item)
-            if len(items) == GROUP:
-                self._submit(shard, items)
-                items = []
+            size += length
             if self._stopped:
                 return
         if items:
-            self._submit(shard, items)
+            self._submit(shard, items, size)
 
-    def _submit(self, shard: Shard, items: list[Sample | Reject]) -> None:
-        self._room.acquire()
+    def _submit(self, shard: Shard, items: list[Sample | Reject], size: int) -> None:
+        with self._changed:
+            while not self._stopped and (
+                self._count >= self._ahead or (self._bytes and self._bytes + size > BYTES_AHEAD)
+            ):
+                self._changed.wait()
+            self._count += 1
+            self._bytes += size
         if not self._stopped:
-            self._groups.put((shard, self._start(items)))
+            group = self._start(items)
+            group.add_done_callback(lambda _: self._less(0, size))
+            self._groups.put((shard, group))
+
+    def _less(self, count: int, size: int) -> None:
+        with self._changed:
+            self._count -= count
+            self._bytes -= size
+            self._changed.notify_all()

@@ -123,11 +123,11 @@ class EmbedRun:
 
     def _advance(self, event: Advanced, device: str) -> None:
         with self._lock:
-            self.embedded += event.rows
-            self.rates[device] += event.rows
+            self.embedded += event.pictures
+            self.rates[device] += event.pictures
         if self._bar is None:
             return
-        self._bar.advance(event.rows + event.rejected, failures=event.rejected)
+        self._bar.advance(event.pictures + event.rejected, failures=event.rejected)
         if len(self.rates) > 1:
             seconds = max(time.monotonic() - self._bar.started_at, 1e-9)
             self._bar.describe(", ".join(f"{name} {n / seconds:,.0f}/s" for name, n in sorted(self.rates.items())))

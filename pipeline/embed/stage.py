@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 STAGE = "embed"
 BATCH_SIZES = {"cpu": 64, "cuda": 256}
-MOST_DECODE_THREADS = 16  # a process: beyond this Python's lock is the limit
 
 
 def embed(
@@ -138,7 +136,6 @@ def _spec(
     heads = (("aesthetic", aesthetic), ("safety", section.safety))
     if devices == ["cpu"] and section.precision != "fp32":
         progress.say(f"the encoder computes in float32 on a CPU, where the card says {section.precision}")
-    cores = len(os.sched_getaffinity(0))
     return LaneSpec(
         model=model,
         pretrained=pretrained,
@@ -146,7 +143,7 @@ def _spec(
         heads=tuple((kind, file) for kind, file in heads if file),
         text_states=text_states,
         card=card_fingerprint,
-        decode_threads=max(1, min(MOST_DECODE_THREADS, cores // len(devices))),
+        lanes=len(devices),
     )
 
 
@@ -156,9 +153,9 @@ def _summary(ws: Workspace, run: EmbedRun) -> tuple[dict[str, Any], Path]:
 
     def rejects() -> Iterator[Reject]:
         for task in run.tasks:
-            fate = Fate.load(task.fate)
+            fate = Fate.load(task)
             if fate is None:
-                raise EclipseError("the account of this shard is gone", where=str(task.fate), hint="run it again")
+                raise EclipseError("the account of this shard is gone", where=str(task.part), hint="run it again")
             fate.check()
             totals["rows"] += fate.rows
             totals["inputs"] += fate.inputs

@@ -15,7 +15,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One image shard to embed into one part. `fate`: where the account of its inputs goes before the part appears."""
+    """One image shard to embed into one part. `fate`: where older versions kept the account of its inputs."""
 
     number: int
     shard: ImageShard
@@ -27,9 +27,9 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Advanced:
-    """Some rows were encoded, some inputs were set aside."""
+    """Some pictures were encoded, some were set aside."""
 
-    rows: int
+    pictures: int
     rejected: int
 
 

@@ -24,22 +24,12 @@ def main(descriptor: int) -> None:
     parent = _Parent(Connection(descriptor))
     spec, device = parent.first()
     try:
-        lane = _load(spec, device)
+        lane = spec.build(device)
     except EclipseError as error:
         parent.send("error", error)
         return
     parent.send("ready", lane.meta)
     lane.run(parent.tasks(), lambda event: parent.send("event", event))
-
-
-def _load(spec: LaneSpec, device: str) -> Any:
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-        torch.backends.cudnn.benchmark = True
-    return spec.build(device)
 
 
 class _Parent:

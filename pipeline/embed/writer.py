@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,30 +24,37 @@ NO_USE_TRYING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 
 @dataclass(slots=True)
-class Row:
-    """One picture and caption, ready for the encoder: pixels (H, W, 3) uint8, thumbnail (256,) uint8, tokens (77,)."""
+class Picture:
+    """One picture with its k captions, ready for the encoder.
+
+    pixels: (H, W, 3) uint8; thumbnail: (256,) uint8; tokens: (k, context) int64 with n_tokens (k,) real ones;
+    truncated: how many of the captions were cut to the context. The sample's own bytes are gone.
+    """
 
     sample: Sample
     size: tuple[int, int]
     pixels: np.ndarray
     thumbnail: np.ndarray
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    n_tokens: int = 0
-    truncated: bool = False
+    tokens: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    n_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    truncated: int = 0
 
 
 @dataclass
 class Chunk:
-    """Encoded rows of one shard, on the encoder's device, in the order of the shard.
+    """Encoded pictures of one shard with their n pairs, in the order of the shard; tensors on the encoder's device.
 
-    image, text: (n, D) float16; states: (N, W) float16 in the order `order` (caption after caption, shortest first),
-    None if states are not stored; clip_score (n,) float32; head_scores: by column, (n,) float32 each.
+    owner: (n,) the picture of each pair; image: (pictures, D) float16; text: (n, D) float16; states: (N, W) float16 in
+    the order `order` (caption after caption, shortest first), None if states are not stored; n_tokens: (n,);
+    clip_score: (n,) float32; head_scores: by column, (pictures,) float32 each.
     """
 
-    rows: list[Row]
+    pictures: list[Picture]
+    owner: np.ndarray
     image: Tensor
     text: Tensor
     states: Tensor | None
+    n_tokens: np.ndarray
     order: np.ndarray
     clip_score: Tensor
     head_scores: dict[str, Tensor]
@@ -126,10 +133,10 @@ class LaneWriter:
             if shard.error is None and chunk is not None:
                 self._part(shard).write(self._columns(shard, chunk.result()))
             elif shard.error is None:
-                self._part(shard)
-                shard.fate.rows = shard.writer.rows if shard.writer else 0
+                part = self._part(shard)
+                shard.fate.rows = part.rows
                 shard.fate.check()
-                shard.fate.save(shard.task.fate)
+                part.account = shard.fate.to_dict()  # in the part's own footer: they appear together or not at all
                 shard.stack.close()
         except Exception as error:
             shard.error = error
@@ -144,38 +151,45 @@ class LaneWriter:
         return shard.writer
 
     def _columns(self, shard: Shard, chunk: Chunk) -> dict[str, Any]:
-        rows = chunk.rows
-        counts = np.array([row.n_tokens for row in rows])
+        """One row a pair: what belongs to the picture is repeated for each of its captions."""
+        pictures, owner, counts = chunk.pictures, chunk.owner, chunk.n_tokens
         arrays = {
             "n_tokens": counts,
-            "thumbnail": np.stack([row.thumbnail for row in rows]),
-            "width": np.array([row.size[0] for row in rows], np.int32),
-            "height": np.array([row.size[1] for row in rows], np.int32),
-            "image_embedding": chunk.image.cpu().numpy(),
+            "thumbnail": np.stack([picture.thumbnail for picture in pictures])[owner],
+            "width": np.array([picture.size[0] for picture in pictures], np.int32)[owner],
+            "height": np.array([picture.size[1] for picture in pictures], np.int32)[owner],
+            "image_embedding": chunk.image.cpu().numpy()[owner],
             "text_embedding": chunk.text.cpu().numpy(),
             "clip_score": chunk.clip_score.cpu().numpy(),
         }
-        arrays |= {name: scores.cpu().numpy() for name, scores in chunk.head_scores.items()}
+        arrays |= {name: scores.cpu().numpy()[owner] for name, scores in chunk.head_scores.items()}
         states = None if chunk.states is None else unsort(chunk.states.cpu().numpy(), chunk.order, counts)
+        samples = [pictures[i].sample for i in owner]
+        strings: dict[str, list[Any]] = {
+            "uid": [uid for picture in pictures for uid in picture.sample.uids],
+            "key": [sample.key for sample in samples],
+            "url": [sample.url for sample in samples],
+            "caption": [caption for picture in pictures for caption in picture.sample.captions],
+            "image_sha256": [sample.image_sha256 for sample in samples],
+        }
+        shard.fate.truncated += sum(picture.truncated for picture in pictures)
         finite = np.isfinite(arrays["image_embedding"]).all(1) & np.isfinite(arrays["text_embedding"]).all(1)
         if states is not None and not np.isfinite(states).all():
             finite &= np.logical_and.reduceat(np.isfinite(states).all(1), np.cumsum(counts) - counts)
         if not finite.all():
-            rows = self._without_broken(shard, rows, finite)
+            for row in np.flatnonzero(~finite):
+                sample, caption = samples[row], strings["caption"][row]
+                shard.fate.rejected.append(
+                    Reject(sample.shard, sample.key, "embedding_not_finite", sample.url, caption)
+                )
             arrays = {name: values[finite] for name, values in arrays.items()}
+            strings = {
+                name: [v for v, good in zip(values, finite, strict=True) if good] for name, values in strings.items()
+            }
             states = None if states is None else states[np.repeat(finite, counts)]
         if states is not None:
             arrays["text_states"] = states
-        shard.fate.truncated += sum(row.truncated for row in rows)
-        return {**arrays, **_strings([row.sample for row in rows])}
-
-    def _without_broken(self, shard: Shard, rows: list[Row], finite: np.ndarray) -> list[Row]:
-        for row in (row for row, good in zip(rows, finite, strict=True) if not good):
-            sample = row.sample
-            shard.fate.rejected.append(
-                Reject(sample.shard, sample.key, "embedding_not_finite", sample.url, sample.caption)
-            )
-        return [row for row, good in zip(rows, finite, strict=True) if good]
+        return {**arrays, **strings}
 
 
 def unsort(states: np.ndarray, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -184,16 +198,6 @@ def unsort(states: np.ndarray, order: np.ndarray, counts: np.ndarray) -> np.ndar
     sorted_starts[order] = np.cumsum(counts[order]) - counts[order]
     starts = np.cumsum(counts) - counts
     return states[np.repeat(sorted_starts - starts, counts) + np.arange(int(counts.sum()))]
-
-
-def _strings(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    return {
-        "uid": [sample.uid for sample in samples],
-        "key": [sample.key for sample in samples],
-        "url": [sample.url for sample in samples],
-        "caption": [sample.caption for sample in samples],
-        "image_sha256": [sample.image_sha256 for sample in samples],
-    }
 
 
 def _discard(shard: Shard, error: BaseException) -> None:

@@ -1,6 +1,7 @@
-"""Image shards → samples and decoded pictures; bad ones set aside with a reason. Called by embed.py and fetch.py.
+"""Image shards → samples and decoded pictures; bad ones set aside with a reason. Called by `embed` and `download`.
 
-Nothing of a shard is ever unpacked to disk: names in tars are labels here, not paths.
+The format is described in this package's __init__. Nothing of a shard is ever unpacked to disk: names in tars are
+labels here, not paths.
 """
 
 from __future__ import annotations
@@ -44,18 +45,31 @@ warnings.filterwarnings("ignore", module=r"PIL\..*")  # remarks on odd EXIF and 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with its caption, not decoded yet. image_sha256: 32 bytes, of the picture as it was downloaded."""
+    """One picture with its captions (at least one), not decoded yet.
+
+    image_sha256: 32 bytes, of the picture as it was downloaded.
+    """
 
     shard: str
     key: str
     data: bytes
-    caption: str
+    captions: tuple[str, ...]
     url: str
     image_sha256: bytes
 
     @property
-    def uid(self) -> str:
-        return uid_of(self.image_sha256, self.caption)
+    def caption(self) -> str:
+        """The first one."""
+        return self.captions[0]
+
+    @property
+    def uids(self) -> list[str]:
+        """The identity of each of its pairs."""
+        return [uid_of(self.image_sha256, caption) for caption in self.captions]
+
+    def rejects(self, reason: str) -> list[Reject]:
+        """One for each caption, so that fates add up in pairs."""
+        return [Reject(self.shard, self.key, reason, self.url, caption) for caption in self.captions]
 
 
 class BadPictureError(Exception):
@@ -74,7 +88,7 @@ def uid_of(image_sha256: bytes, caption: str) -> str:
 
 
 def read_shard(address: Path | str, caption_key: str | None = None) -> Iterator[Sample | Reject]:
-    """The samples of a WebDataset tar in tar order; a Reject for everything else that is or should be there.
+    """The samples of a WebDataset tar in tar order; a Reject for every other pair that is or should be there.
 
     address: a path, or a URL that fsspec knows. caption_key: where in a sample's JSON its caption stands, if not in a
     .txt. Beside a local tar, img2dataset's metadata Parquet (if there is one) tells which keys a damaged tar has lost.
@@ -84,35 +98,28 @@ def read_shard(address: Path | str, caption_key: str | None = None) -> Iterator[
     seen: set[str] = set()
     try:
         for found in _groups(shard, address):
-            if isinstance(found, Reject):
-                outcomes: Iterable[Sample | Reject] = [found]
-            else:
-                outcomes = _sample(shard, *found, caption_key)
-            for outcome in outcomes:
-                seen.add(outcome.key)
-                yield outcome
+            outcomes = [found] if isinstance(found, Reject) else _outcomes(shard, *found, caption_key)
+            seen.add(outcomes[0].key)
+            yield from outcomes
     except OSError as error:
         raise EclipseError(f"cannot read the image shard: {error.strerror or error}", where=str(address)) from error
     if not is_remote(address):
         yield from _lost(shard, Path(address).with_suffix(".parquet"), seen)
 
 
-def pairs(shard: str, key: str, data: bytes, captions: Iterable[str], url: str = "") -> Iterator[Sample | Reject]:
-    """A picture from elsewhere with each of its captions; without any, a Reject."""
-    texts = [text for caption in captions if (text := _encodable(caption)).strip()]
-    if not texts:
-        yield Reject(shard, key, "no_caption", url)
-    sha256 = hashlib.sha256(data).digest()
-    for text in texts:
-        yield Sample(shard, key, data, text, url, sha256)
+def with_captions(
+    shard: str, key: str, data: bytes, captions: Iterable[str], url: str = "", sha256: bytes | None = None
+) -> list[Sample | Reject]:
+    """A picture with every caption that says something; a Reject for each that does not, one if there is none at all.
 
-
-def decode(sample: Sample) -> Image.Image | Reject:
-    """The sample's picture as RGB, upright and on white (see `open_picture`), or the Reject to record instead."""
-    try:
-        return open_picture(sample.data)
-    except BadPictureError as error:
-        return Reject(sample.shard, sample.key, error.reason, sample.url, sample.caption)
+    sha256: of the picture as it was downloaded, if that is not `data`.
+    """
+    captions = [_encodable(caption) for caption in captions] or [""]
+    said = tuple(caption for caption in captions if caption.strip())
+    outcomes: list[Sample | Reject] = [Reject(shard, key, "no_caption", url)] * (len(captions) - len(said))
+    if said:
+        outcomes.append(Sample(shard, key, data, said, url, sha256 or hashlib.sha256(data).digest()))
+    return outcomes
 
 
 def open_picture(data: bytes, *, at_least: int | None = None) -> Image.Image:
@@ -273,21 +280,15 @@ def _name_fault(name: str) -> str | None:
     return None if _NAME.fullmatch(name) else "odd_name"
 
 
-def _sample(shard: str, key: str, files: dict[str, bytes], caption_key: str | None) -> list[Sample | Reject]:
-    """One input for each caption of a sample; see the package's docstring."""
+def _outcomes(shard: str, key: str, files: dict[str, bytes], caption_key: str | None) -> list[Sample | Reject]:
+    """What the files of one key are; see the package's docstring."""
     meta = _meta(files.get("json", b""))
     url = _encodable(meta["url"]) if isinstance(meta.get("url"), str) else ""
     captions = _captions(files.get("txt"), meta, caption_key)
     pictures = [files[extension] for extension in EXTENSIONS if extension in files]
     if not pictures:
         return [Reject(shard, key, "no_picture", url, caption) for caption in captions]
-    sha256 = _sha256(meta.get("sha256"), pictures[0])
-    return [
-        Sample(shard, key, pictures[0], caption, url, sha256)
-        if caption.strip()
-        else Reject(shard, key, "no_caption", url)
-        for caption in captions
-    ]
+    return with_captions(shard, key, pictures[0], captions, url, _sha256(meta.get("sha256"), pictures[0]))
 
 
 def _meta(data: bytes) -> dict[str, Any]:
@@ -309,6 +310,7 @@ def _captions(text: bytes | None, meta: dict[str, Any], caption_key: str | None)
         return several or [_encodable(told) if isinstance(told, str) else ""]
     if text is not None:
         first = text[:TEXT_LIMIT].decode("utf-8", "replace")
+        # A tar whose texts were rewritten elsewhere keeps the old list in its JSON: then the text alone counts.
         return several if several[:1] == [first] else [first]
     value = meta.get("caption")
     return several or [_encodable(value) if isinstance(value, str) else ""]
@@ -327,7 +329,7 @@ def _sha256(recorded: Any, data: bytes) -> bytes:
 
 
 def _lost(shard: str, metadata: Path, seen: set[str]) -> Iterator[Reject]:
-    """Samples that were stored according to the metadata, and are in the tar no more."""
+    """Pairs of samples that were stored according to the metadata, and are in the tar no more."""
     if not metadata.is_file():
         return
     schema = pa.schema([(name, pa.string()) for name in ("key", "url", "caption", "status")])

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError, UsageError
-from .decode import EXTENSIONS, TEXT_LIMIT, Sample, pairs
+from .decode import EXTENSIONS, TEXT_LIMIT, Sample, with_captions
 from .rejects import Reject
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -42,7 +42,7 @@ class FolderShard:
                 reason = "no_picture" if isinstance(error, FileNotFoundError) else "unreadable"
                 yield Reject(self.name, path, reason, "", (captions or [""])[0])
                 continue
-            yield from pairs(self.name, path, data, _beside(self.folder / path) if captions is None else captions)
+            yield from with_captions(self.name, path, data, _beside(self.folder / path) if captions is None else captions)
 
     def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         known = {path for path, _ in self.entries()}

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError, UsageError
-from .decode import Sample, pairs
+from .decode import Sample, with_captions
 from .rejects import Reject
 from .tar import require_regular
 
@@ -42,7 +42,7 @@ class TableShard:
             if (data := _bytes(image, self.path)) is None:
                 yield Reject(self.name, key, "no_picture", "", texts[0] if texts else "")
             else:
-                yield from pairs(self.name, key, data, texts)
+                yield from with_captions(self.name, key, data, texts)
 
     def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         wanted = {int(key) for key in keys if key.isdecimal()}

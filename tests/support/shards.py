@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,19 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes | None, str]]) -> Path:
-    """A shard of (key, picture bytes or None, caption)."""
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes | None, str | Sequence[str]]]) -> Path:
+    """A shard of (key, picture bytes or None, caption or captions)."""
     files: list[tuple[str, bytes]] = []
-    for key, data, caption in samples:
+    for key, data, captions in samples:
+        meta: dict[str, Any] = {"key": key, "url": f"http://example.org/{key}"}
+        if isinstance(captions, str):
+            captions = [captions]
+        else:
+            meta["captions"] = list(captions)
         if data is not None:
             files.append((f"{key}.jpg", data))
-        files.append((f"{key}.txt", caption.encode()))
-        files.append((f"{key}.json", json.dumps({"key": key, "url": f"http://example.org/{key}"}).encode()))
+        files.append((f"{key}.txt", captions[0].encode()))
+        files.append((f"{key}.json", json.dumps(meta).encode()))
     return write_tar(path, files)
 
 

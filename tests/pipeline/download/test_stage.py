@@ -75,7 +75,7 @@ def samples(ws: Workspace) -> list[Sample]:
 
 def content(ws: Workspace) -> list[tuple[int, str, bytes, bytes]]:
     """What of the samples does not depend on the port: row, uid, hash, stored bytes."""
-    return sorted((row_of(s.url), s.uid, s.image_sha256, s.data) for s in samples(ws))
+    return sorted((row_of(s.url), s.uids[0], s.image_sha256, s.data) for s in samples(ws))
 
 
 def children(name: str, root: Path) -> list[int]:

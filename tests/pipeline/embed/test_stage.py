@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +21,15 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress, Task
 from eclipse.pipeline.core.workspace import Workspace
-from eclipse.pipeline.embed import lane
+from eclipse.pipeline.embed import lane, reader
 from eclipse.pipeline.embed.clip import Encoder
+from eclipse.pipeline.embed.reader import LaneReader
 from eclipse.pipeline.embed.stage import embed
+from eclipse.pipeline.embed.tasks import ShardTask
+from eclipse.pipeline.embed.writer import Picture
 from eclipse.pipeline.images.decode import Sample, open_picture, read_shard, uid_of
-from eclipse.pipeline.images.rejects import read_rejected
+from eclipse.pipeline.images.rejects import Reject, read_rejected
+from eclipse.pipeline.images.shards import TarShard
 from records import forget
 from shards import good_samples, make_workspace, picture, write_shard, write_tar
 from tiny_clip import make_clip
@@ -78,8 +84,9 @@ def test_every_row_is_right_and_every_input_has_a_fate(ws: Workspace, clip: str,
     store.verify()
     rows = np.arange(len(store))
     assert [p.rows for p in store.parts] == [3 * BATCH + 5, BATCH - 3, 0, 0, 3]
-    for name in ("key", "caption", "url", "uid"):
+    for name in ("key", "caption", "url"):
         assert store.column(name).to_pylist() == [getattr(sample, name) for sample in samples]
+    assert store.column("uid").to_pylist() == [sample.uids[0] for sample in samples]
     images, texts = store.image_embeddings(rows), store.text_embeddings(rows)
     states, offsets = store.token_states(rows)
     scores, widths = store.column("clip_score").to_numpy(), store.column("width").to_numpy()
@@ -92,6 +99,68 @@ def test_every_row_is_right_and_every_input_has_a_fate(ws: Workspace, clip: str,
         np.testing.assert_allclose(states[offsets[row] : offsets[row + 1]], text.states.numpy(), rtol=2e-3, atol=2e-3)
         assert scores[row] == pytest.approx(torch.cosine_similarity(alone, text.embedding[0], dim=0).item(), abs=1e-4)
         assert widths[row] == image.width
+
+
+def test_a_picture_with_several_captions_is_encoded_once(tmp_path: Path, clip: str, monkeypatch) -> None:
+    """One row a pair, equal in every column to the rows of a shard that holds the picture once for each caption."""
+    captions = [["a red square", "a blue circle on the left of a tree", "red"], ["green"], ["a", "word " * 100]]
+    once, each = make_workspace(tmp_path / "once", clip), make_workspace(tmp_path / "each", clip)
+    broken = ("x", b"no picture", ["one", "two"])
+    write_shard(once.images / "00000.tar", [*((f"{i}", picture(i), texts) for i, texts in enumerate(captions)), broken])
+    pairs = [(f"{i}", picture(i), text) for i, texts in enumerate(captions) for text in texts]
+    write_shard(each.images / "00000.tar", [(f"{key}-{n}", data, text) for n, (key, data, text) in enumerate(pairs)])
+    encoded: list[int] = []
+    plain = Encoder.encode_images
+
+    def encode(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return plain(encoder, pixels)
+
+    monkeypatch.setattr(Encoder, "encode_images", encode)
+    monkeypatch.setattr(lane, "CHUNK_ROWS", 3)
+    summary = embed(once, QUIET, gpus=0, batch_size=2)
+    assert sum(encoded) == summary["embedded_now"] == len(captions)
+    assert (summary["inputs"], summary["rows"], summary["truncated_captions"]) == (8, 6, 1)
+    assert summary["rejected"] == {"unreadable": 2}
+    assert read_rejected(once, "embed")["caption"].to_pylist() == ["one", "two"]
+
+    embed(each, QUIET, gpus=0, batch_size=2)
+    stores = [Store.open(ws.embeddings) for ws in (once, each)]
+    assert stores[0].column("key").to_pylist() == [key for key, _, _ in pairs]
+    for name in ("uid", "caption", "image_sha256", "thumbnail", "width", "n_tokens"):
+        assert stores[0].column(name).to_pylist() == stores[1].column(name).to_pylist(), name
+    rows = np.arange(6)
+    for read in (Store.image_embeddings, Store.text_embeddings, lambda store, rows: store.token_states(rows)[0]):
+        np.testing.assert_allclose(read(stores[0], rows), read(stores[1], rows), rtol=2e-3, atol=1e-3)
+    scores = [store.column("clip_score").to_numpy() for store in stores]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    images = stores[0].image_embeddings(rows)
+    assert (images[0] == images[1]).all() and (images[0] == images[2]).all() and (images[0] != images[3]).any()
+
+
+def test_files_ahead_of_the_decoding_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in number alone: 40 pictures of 1 MB each, where 4 MB may wait."""
+    monkeypatch.setattr(reader, "BYTES_AHEAD", 4 << 20)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 2 << 20)
+    write_shard(tmp_path / "00000.tar", [(f"{i}", bytes(1 << 20), "a caption") for i in range(40)])
+    task = ShardTask(0, TarShard(tmp_path / "00000.tar"), tmp_path / "part-00000.parquet", tmp_path / "0.json", 8)
+    waiting, most = [0], [0]
+
+    def start(items: list[Sample | Reject]) -> Future[list[Picture | Reject]]:
+        size = sum(len(item.data) for item in items if isinstance(item, Sample))
+        waiting[0] += size
+        most[0] = max(most[0], waiting[0])
+        return pool.submit(finish, size)
+
+    def finish(size: int) -> list[Picture | Reject]:
+        waiting[0] -= size
+        return []
+
+    with ThreadPoolExecutor(1) as pool, LaneReader([task], start, ahead=1000) as lane_reader:
+        pool.submit(time.sleep, 0.3)  # decoding is slow to begin
+        groups = [group for _, group in lane_reader if group is not None]
+    assert len(groups) == 20
+    assert 2 << 20 <= most[0] <= 4 << 20
 
 
 def test_two_runs_and_a_resumed_one_are_identical(ws: Workspace, tmp_path: Path) -> None:

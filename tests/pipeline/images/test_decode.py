@@ -19,7 +19,6 @@ from eclipse.pipeline.images.decode import (
     BadPictureError,
     Reject,
     Sample,
-    decode,
     fit_picture,
     open_picture,
     read_shard,
@@ -102,8 +101,8 @@ def test_what_cannot_be_decoded_says_why():
         with pytest.raises(BadPictureError) as caught:
             open_picture(data)
         assert caught.value.reason == reason and "0x" not in str(caught.value)  # the same in every run
-    sample = Sample("00000", "k", b"nothing", "a caption", "http://u", bytes(32))
-    assert decode(sample) == Reject("00000", "k", "unreadable", "http://u", "a caption")
+    sample = Sample("00000", "k", b"nothing", ("one", "two"), "http://u", bytes(32))
+    assert sample.rejects("unreadable") == [Reject("00000", "k", "unreadable", "http://u", c) for c in ("one", "two")]
 
 
 def bomb(side: int) -> bytes:
@@ -169,7 +168,44 @@ def test_samples_come_in_tar_order_with_caption_url_and_hash(tmp_path: Path):
     assert samples[0].image_sha256.hex() == recorded and samples[0].shard == "00007"
     assert samples[1].image_sha256 == hashlib.sha256(data[1]).digest()
     expected = hashlib.sha256(samples[0].image_sha256 + "ein blauer Würfel".encode()).hexdigest()
-    assert samples[0].uid == uid_of(samples[0].image_sha256, samples[0].caption) == expected
+    assert samples[0].uids[0] == uid_of(samples[0].image_sha256, samples[0].caption) == expected
+
+
+def test_several_captions_are_one_sample(tmp_path: Path):
+    """The list in the JSON counts where it belongs to the text; every caption is a pair with an identity and a fate."""
+    data = picture(1)
+    metas = {
+        "all": {"url": "http://u", "captions": ["one", "two", "one"]},
+        "stale": {"captions": ["another", "two"]},
+        "odd": {"captions": ["one", 2]},
+        "blank": {"captions": ["one", " ", "three"]},
+        "torn": {"captions": ["one", "two"]},
+    }
+    files = []
+    for key, meta in metas.items():
+        files += [] if key == "torn" else [(f"{key}.jpg", data)]
+        files += [(f"{key}.txt", b"one"), (f"{key}.json", json.dumps(meta).encode())]
+    files += [("listed.jpg", data), ("listed.json", b'{"captions": ["three", "four"]}')]
+    found = list(read_shard(write_tar(tmp_path / "00000.tar", files)))
+    samples = {item.key: item for item in found if isinstance(item, Sample)}
+    assert {key: sample.captions for key, sample in samples.items()} == {
+        "all": ("one", "two", "one"), "stale": ("one",), "odd": ("one",), "blank": ("one", "three"),
+        "listed": ("three", "four"),
+    }  # fmt: skip
+    digest = hashlib.sha256(data).digest()
+    assert samples["all"].uids == [uid_of(digest, caption) for caption in ("one", "two", "one")]
+    rejects = [(item.key, item.reason, item.caption) for item in found if isinstance(item, Reject)]
+    assert rejects == [("blank", "no_caption", ""), ("torn", "no_picture", "one"), ("torn", "no_picture", "two")]
+
+
+def test_a_lost_picture_is_rejected_once_for_each_caption(tmp_path: Path):
+    path = write_tar(tmp_path / "00000.tar", [("a.jpg", picture(1)), ("a.txt", b"one")])
+    columns = {"key": ["a", "b"], "url": ["http://a", "http://b"], "status": ["success"] * 2}
+    columns |= {"captions": [["one"], ["two", "three"]], "caption": ["one", "two"]}
+    pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
+    sample, *lost = read_shard(path)
+    assert sample.key == "a"
+    assert lost == [Reject("00000", "b", "lost_from_tar", "http://b", caption) for caption in ("two", "three")]
 
 
 def test_odd_members_get_a_reason_and_good_ones_beside_them_survive(tmp_path: Path):
@@ -249,11 +285,14 @@ def test_300_bit_flipped_pictures_are_each_a_picture_or_a_reject(tmp_path: Path)
     fates: dict[str, str] = {}
     for item in read_shard(tmp_path / "00000.tar"):
         assert isinstance(item, Sample)
-        outcome = decode(item)
         assert item.key not in fates
-        fates[item.key] = outcome.reason if isinstance(outcome, Reject) else f"{outcome.mode}"
-        if isinstance(outcome, Image.Image):
-            assert thumbnail(outcome).shape == (256,)
+        try:
+            image = open_picture(item.data)
+        except BadPictureError as error:
+            fates[item.key] = error.reason
+            continue
+        fates[item.key] = image.mode
+        assert thumbnail(image).shape == (256,)
     assert len(fates) == 300
     assert set(fates.values()) <= {"RGB", "unreadable", "too_large"}
     assert 30 < sum(value == "RGB" for value in fates.values()) < 270
