@@ -40,9 +40,11 @@ class FolderShard:
                 data = (self.folder / path).read_bytes()
             except OSError as error:
                 reason = "no_picture" if isinstance(error, FileNotFoundError) else "unreadable"
-                yield Reject(self.name, path, reason, "", (captions or [""])[0])
+                yield from (Reject(self.name, path, reason, "", caption) for caption in captions or [""])
                 continue
-            yield from with_captions(self.name, path, data, _beside(self.folder / path) if captions is None else captions)
+            yield from with_captions(
+                self.name, path, data, _beside(self.folder / path) if captions is None else captions
+            )
 
     def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
         known = {path for path, _ in self.entries()}
