@@ -71,7 +71,7 @@ def kandinsky() -> KandinskyDecoder:
     pipe.to(DEVICE, DTYPE)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.movq.to(memory_format=torch.channels_last)
-    return KandinskyDecoder(pipe, torch.randn(1280).to(DEVICE, DTYPE), SIDES["kandinsky"], DEVICE)
+    return KandinskyDecoder(pipe, torch.randn(1280).to(DEVICE, DTYPE), (SIDES["kandinsky"],) * 2, DEVICE)
 
 
 def karlo() -> KarloDecoder:

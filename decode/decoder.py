@@ -63,6 +63,7 @@ def load_decoder(
     unconditional: Unconditional,
     image_size: int | tuple[int, int] | None = None,
     scheduler: str | None = None,
+    batch_size: int | None = None,
     device: str = "cpu",
 ) -> Decoder:
     """Load a decoder from a directory or a hub id. `scheduler` None: the one that comes with it.
@@ -77,9 +78,12 @@ def load_decoder(
         raise UsageError(f"unknown decoder kind {kind!r}", hint=f"use one of: {', '.join(KINDS)}")
     module, name = KINDS[kind]
     decoder_class = getattr(import_module(module, __package__), name)
-    return decoder_class.load(
+    made: Decoder = decoder_class.load(
         path, unconditional=unconditional, image_size=image_size, scheduler=scheduler, device=device
     )
+    if batch_size is not None:
+        made.batch_size = batch_size
+    return made
 
 
 def picture_noise(shape: Sequence[int], generators: Sequence[torch.Generator], like: torch.Tensor) -> torch.Tensor:
@@ -93,6 +97,9 @@ def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def pictures_at_once(image_size: int, device: str) -> int:
-    """A batch that keeps the device busy: 32 pictures of 64 px, fewer as they grow, more on an accelerator."""
-    budget = 32 * 64**2 if device == "cpu" else 2048 * 64**2
+    """A batch that keeps the device busy: 32 pictures of 64 px, fewer as they grow, more on an accelerator.
+
+    There it is 8 of 512 px or 32 of 256 px, guidance doubling each: 128 of 256 px need more than 40 GB with Karlo.
+    """
+    budget = 32 * 64**2 if device == "cpu" else 512 * 64**2
     return max(1, min(256, budget // image_size**2))

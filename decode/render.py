@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,7 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
         unconditional=blank,
         image_size=job.size,
         scheduler=job.scheduler,
+        batch_size=card.decoder.batch_size,
         device=device,
     )
     if decoder.embedding_dim != embeddings.shape[1]:
@@ -185,36 +187,41 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
 
 
 def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Models) -> None:
-    """Make the missing pictures, a batch at a time."""
+    """Make the missing pictures, a batch of whole files at a time. A batch that exhausts the device is halved."""
+    import torch
+
     total, count = sum(len(p.seeds) for p in job.pictures), len(models.rows)
+    files, size = deque(missing), models.decoder.batch_size
     with progress.task("render", total, "pictures") as task:
         task.advance(total - count)
         done = 0
-        for batch in _batches(missing, models.decoder.batch_size):
+        while files:
+            batch = [files.popleft()]
+            while files and sum(len(p.seeds) for p in batch) + len(files[0].seeds) <= size:
+                batch.append(files.popleft())
             seeds = [seed for picture in batch for seed in picture.seeds]
             rows = slice(done, done + len(seeds))
-            images = models.decoder.decode(
-                models.embeddings[rows],
-                seeds=seeds,
-                steps=job.steps,
-                guidance_scale=job.guidance_scale,
-                captions=None if models.captions is None else models.captions.select(models.rows[rows]),
-            )
+            images = None
+            try:
+                images = models.decoder.decode(
+                    models.embeddings[rows],
+                    seeds=seeds,
+                    steps=job.steps,
+                    guidance_scale=job.guidance_scale,
+                    captions=None if models.captions is None else models.captions.select(models.rows[rows]),
+                )
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if images is None:  # out of the handler: the exception's traceback holds what is to be given back
+                torch.cuda.empty_cache()
+                size = len(seeds) // 2
+                progress.say(f"{len(seeds)} pictures at a time exhaust the memory, now {size} (decoder.batch_size)")
+                files.extendleft(reversed(batch))
+                continue
             _write_batch(job, batch, images)
             done += len(seeds)
             task.advance(len(seeds))
-
-
-def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
-    """Whole files, about `size` pictures at a time."""
-    batch: list[Picture] = []
-    for picture in pictures:
-        if batch and sum(len(p.seeds) for p in batch) + len(picture.seeds) > size:
-            yield batch
-            batch = []
-        batch.append(picture)
-    if batch:
-        yield batch
 
 
 def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Image]) -> None:

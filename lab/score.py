@@ -196,6 +196,7 @@ def decode_pictures(
         unconditional=blank,
         image_size=section.image_size,
         scheduler=section.scheduler,
+        batch_size=section.batch_size,
         device=device,
     )
     captions = texts if section.kind == "karlo" else None

@@ -242,6 +242,9 @@ class DecoderSection(Section):
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 is none")
     image_size: int = Field(512, ge=16, le=MAX_IMAGE_SIZE, description="side of the pictures in pixels")
     scheduler: Scheduler | None = Field(None, description="null: the one that comes with the decoder")
+    batch_size: Annotated[int | None, NOTHING] = Field(
+        None, ge=1, le=MANY, description="pictures at a time; null: what suits the device, halved where memory is short"
+    )
 
 
 class RenderSection(Section):

@@ -192,7 +192,9 @@ def explain(error: BaseException) -> EclipseError | Terminated:
     if isinstance(error, OSError) and error.filename:
         return EclipseError(error.strerror or text, where=str(error.filename))
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return EclipseError(f"out of memory: {text or 'main memory'}", hint="use a smaller batch size in the card")
+        keys = "train.microbatch (training) or decoder.batch_size (pictures)"
+        hint = f"set a smaller {keys} in eclipse.yaml: neither makes finished work stale"
+        return EclipseError(f"out of memory: {text or 'main memory'}", hint=hint)
     return EclipseError(
         f"unexpected {type(error).__name__}: {text.strip() or 'no message'}",
         hint="run the same command with --debug for the traceback; finished work is kept",

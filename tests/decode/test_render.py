@@ -9,7 +9,9 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from eclipse.decode import render as module
+from eclipse.decode.kandinsky import KandinskyDecoder
 from eclipse.decode.render import render
 from eclipse.pipeline.core.card import Scheduler
 from eclipse.pipeline.core.errors import EclipseError, UsageError
@@ -132,6 +134,27 @@ def test_an_interrupted_rendering_ends_in_the_same_pictures(ws: Workspace, monke
     assert equal(pixels(folder), whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list(folder.rglob(".tmp-*"))
+
+
+def test_a_batch_that_exhausts_the_memory_is_halved(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same pictures; a card's batch size is kept to, and changing it makes nothing stale."""
+    plain, sizes = KandinskyDecoder.decode, []
+
+    def decode(decoder: KandinskyDecoder, embedding: torch.Tensor, **options: object) -> list[Image.Image]:
+        sizes.append(len(embedding))
+        if len(embedding) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(decoder, embedding, **options)  # type: ignore[arg-type]
+
+    undisturbed = render(ws, QUIET, prompts=TEXTS[:1], samples=6, out=ws.root / "plain")
+    monkeypatch.setattr(KandinskyDecoder, "decode", decode)
+    section = ws.card.decoder.model_copy(update={"batch_size": 5})
+    ws.card.model_copy(update={"decoder": section}).dump(ws.card_path)
+    halved = render(Workspace.open(ws.root), QUIET, prompts=TEXTS[:1], samples=6, out=ws.root / "halved")
+    assert sizes == [5, 2, 2, 2]
+    assert equal(pixels(Path(undisturbed["folder"])), pixels(Path(halved["folder"])))
+    again = render(Workspace.open(ws.root), QUIET, prompts=TEXTS[:1], samples=6, out=ws.root / "plain")
+    assert again["already_complete"]
 
 
 def test_settings_are_never_mixed_in_a_folder(ws: Workspace) -> None:
