@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,12 +87,30 @@ def unconditional(ws: Workspace, encoder: Encoder, decoder_kind: str, progress: 
     """What guidance contrasts with, from the card's encoder; the image embedding is kept in the workspace."""
     if decoder_kind == "karlo":
         return Unconditional(caption=encode_texts(encoder, [""], progress))
-    from safetensors.torch import load_file, save_file
-
     file = ws.renders / f"negative-image-embedding-{encoder.fingerprint[:16]}.safetensors"
-    if not file.is_file():
+    embedding = _read_kept(file)
+    if embedding is None:
+        from safetensors.torch import save_file
+
         size = encoder.image_size
         embedding = encoder.encode_images(torch.zeros(1, 3, size, size))[0].cpu().contiguous()
         with atomic_path(file) as temporary:
-            save_file({"negative_image_embedding": embedding}, temporary)
-    return Unconditional(image_embedding=load_file(file)["negative_image_embedding"])
+            save_file({"negative_image_embedding": embedding, "crc32": _crc32(embedding)}, temporary)
+    return Unconditional(image_embedding=embedding)
+
+
+def _read_kept(file: Path) -> torch.Tensor | None:
+    """What an earlier call kept, None if it is not there or no longer what was written: it is made again then."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        kept = load_file(file)
+        embedding = kept["negative_image_embedding"]
+        return embedding if torch.equal(kept["crc32"], _crc32(embedding)) else None
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError):
+        return None
+
+
+def _crc32(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(zlib.crc32(tensor.numpy().tobytes()))

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..pipeline.core.errors import EclipseError
-from ..pipeline.core.files import TEMPORARY_PREFIX, atomic_path, write_json
+from ..pipeline.core.files import TEMPORARY_PREFIX, atomic_path, sealed, unsealed, write_json
 from .guard import Guard
 
 STATE = "state.json"
@@ -49,8 +49,7 @@ def save_checkpoint(
             on_cpu = {key: x.detach().cpu().contiguous() for key, x in named.items()}
             save_file(on_cpu, temporary / f"{name}.safetensors")
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-        record = {"step": step, "state": state, "checksums": checksums}
-        write_json(temporary / STATE, {**record, "checksum": _record_checksum(record)})
+        write_json(temporary / STATE, sealed({"step": step, "state": state, "checksums": checksums}))
     point_latest(folder, step)
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
@@ -75,10 +74,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        record = json.loads((path / STATE).read_text())
-        # Checkpoints made before this was written have none.
-        if record.pop("checksum", None) not in (None, _record_checksum(record)):
-            raise EclipseError(f"checksum of {STATE} does not match", where=str(path))
+        record = unsealed(json.loads((path / STATE).read_text()))
         for name, checksum in record["checksums"].items():
             if _checksum(path / name) != checksum:
                 raise EclipseError(f"checksum of {name} does not match", where=str(path))
@@ -118,11 +114,6 @@ def point_latest(folder: Path, step: int) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
-
-
-def _record_checksum(record: dict[str, Any]) -> str:
-    """Of all else that state.json says, however it is laid out."""
-    return f"crc32:{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _checksum(path: Path) -> str:

@@ -338,7 +338,7 @@ def read_selection(path: Path | str, store: Store) -> np.ndarray:
     """
     try:
         require_regular(Path(path))
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = _verdicts(file, path)
             rows = _rows_judged(table, path, store)
             _require_same_pairs(file, rows, path, store)

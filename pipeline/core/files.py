@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,24 @@ def write_json(path: Path, obj: Any) -> None:
     """Write `obj` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of all else that it says, however it is laid out in its file."""
+    plain = json.loads(json.dumps(record))  # as it will be read
+    return {**plain, "checksum": _checksum(plain)}
+
+
+def unsealed(record: dict[str, Any]) -> dict[str, Any]:
+    """What `sealed` was given. Raises ValueError if anything in it has changed. Former versions wrote no checksum."""
+    plain = dict(record)
+    if plain.pop("checksum", None) not in (None, _checksum(plain)):
+        raise ValueError("its checksum does not match: the file was changed or damaged")
+    return plain
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remove(path: Path) -> None:

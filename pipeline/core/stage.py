@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from .card import BUILT_ON, Card, differences, digest, lineage, renamed
 from .errors import EclipseError
-from .files import remove, write_json
+from .files import remove, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -147,10 +147,10 @@ class Stage:
     def _record(self, ending: str, kind: type[Record]) -> Record | None:
         path = self.path(ending)
         try:
-            return kind(**json.loads(path.read_text()))
+            return kind(**unsealed(json.loads(path.read_text())))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             hint = f"run `eclipse {self.name} --overwrite`"
             raise EclipseError(f"unreadable record of a stage: {error}", where=str(path), hint=hint) from error
 
@@ -331,7 +331,7 @@ class Stage:
             self._set_aside()
         elif self.go_on and self._before is not None:  # no longer complete, and what it made stays
             self.path("json").replace(self.path("stale.json"))
-        write_json(self.path("begun.json"), asdict(self.settings))
+        write_json(self.path("begun.json"), sealed(asdict(self.settings)))
 
     def give_up_old(self) -> None:
         """Once a whole piece is made, remove what was set aside: old and new together might fill the disk."""
@@ -362,7 +362,7 @@ class Stage:
             if name != self.name and self.name in lineage(name) and not same:
                 with suppress(FileNotFoundError):
                     later.path("json").replace(later.path("stale.json"))
-        write_json(self.path("json"), asdict(state))
+        write_json(self.path("json"), sealed(asdict(state)))
         for ending in ("begun.json", "stale.json"):
             self.path(ending).unlink(missing_ok=True)
         settle(self.ws, self.name, keep_new=True)

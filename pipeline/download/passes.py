@@ -103,7 +103,9 @@ def read_metadata(images: Path, shard: int) -> Iterator[dict[str, Any]]:
     wanted = ["row", "rows", "key", "url", "caption", "captions", "hash", "status", "error_message"]
     try:
         names = pq.read_schema(path).names
-        yield from pq.read_table(path, columns=[name for name in wanted if name in names]).to_pylist()
+        yield from pq.read_table(
+            path, columns=[name for name in wanted if name in names], page_checksum_verification=True
+        ).to_pylist()
     except (OSError, pa.ArrowException) as error:
         hint = f"remove {shard_name(shard)}_stats.json there and run `eclipse download` again"
         raise EclipseError(

@@ -243,7 +243,9 @@ def _commit(folder: Path, images: Path, name: str, spans: list[tuple[str, int, i
     import pyarrow.parquet as pq
 
     ordered = folder / "ordered.parquet"
-    pq.write_table(pq.read_table(folder / f"{name}.parquet").sort_by("key"), ordered, compression="zstd")
+    pq.write_table(
+        pq.read_table(folder / f"{name}.parquet").sort_by("key"), ordered, compression="zstd", write_page_checksum=True
+    )
     finished = [(ordered, f"{name}.parquet"), (folder / f"{name}_stats.json", f"{name}_stats.json")]
     if spans:
         _sort_tar(folder / f"{name}.tar", folder / "ordered.tar", sorted(spans))

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from ..cache.part import PartMeta, read_account, read_part
 from ..core.errors import EclipseError
+from ..core.files import sealed, unsealed
 from ..images.rejects import Reject
 from ..images.tar import require_regular
 from .tasks import ShardTask
@@ -34,7 +35,7 @@ class Fate:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return sealed(asdict(self))
 
     @classmethod
     def load(cls, task: ShardTask) -> Fate | None:
@@ -47,6 +48,7 @@ class Fate:
             if data is None:
                 require_regular(task.fate)
                 data = json.loads(task.fate.read_text(encoding="ascii"))
+            data = unsealed(data)
             fate = cls(**{**data, "rejected": [Reject(**reject) for reject in data["rejected"]]})
         except (EclipseError, OSError, ValueError, TypeError, KeyError, RecursionError):
             return None

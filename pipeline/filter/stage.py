@@ -70,7 +70,7 @@ def filter_cache(
         table, funnel, about = _judge(evidence, ws, options)
         run.begin()
         with atomic_path(ws.selection) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         rejected = {name: step["rejected"] for name, step in funnel.items() if step["rejected"]}
         summary = {
             "rows": len(table),

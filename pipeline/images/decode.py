@@ -335,7 +335,7 @@ def _lost(shard: str, metadata: Path, seen: set[str]) -> Iterator[Reject]:
     schema = pa.schema([(name, pa.string()) for name in ("key", "url", "caption", "status")])
     try:
         several = ["captions"] if "captions" in pq.read_schema(metadata).names else []
-        table = pq.read_table(metadata, columns=[*schema.names, *several])
+        table = pq.read_table(metadata, columns=[*schema.names, *several], page_checksum_verification=True)
         captions = table.column("captions").to_pylist() if several else [None] * len(table)
         rows = list(zip(*table.select(schema.names).cast(schema).to_pydict().values(), captions, strict=True))
     except (pa.ArrowException, OSError, KeyError, ValueError):

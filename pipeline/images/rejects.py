@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -49,7 +50,7 @@ def write_rejected(ws: Workspace, stage: str, rows: Iterable[Reject]) -> dict[st
     counts: dict[str, int] = {}
     if ws.rejected.is_dir():
         raise _unreadable(ws, IsADirectoryError("it is a directory"))
-    with atomic_path(ws.rejected) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+    with atomic_path(ws.rejected) as temporary, _writer(temporary) as writer:
         for batch in _earlier(ws, stage):
             writer.write_table(batch)
         iterator = iter(rows)
@@ -67,10 +68,14 @@ def read_rejected(ws: Workspace, stage: str | None = None) -> pa.Table:
         return SCHEMA.empty_table()
     try:
         require_regular(ws.rejected)
-        table = pq.read_table(ws.rejected, columns=SCHEMA.names).cast(SCHEMA)
+        table = pq.read_table(ws.rejected, columns=SCHEMA.names, page_checksum_verification=True).cast(SCHEMA)
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise _unreadable(ws, error) from error
     return table if stage is None else table.filter(pc.field("stage") == stage)
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 def _earlier(ws: Workspace, stage: str) -> Iterator[pa.Table]:
@@ -80,7 +85,7 @@ def _earlier(ws: Workspace, stage: str) -> Iterator[pa.Table]:
         return
     try:
         require_regular(ws.rejected)
-        with pq.ParquetFile(ws.rejected) as file:
+        with pq.ParquetFile(ws.rejected, page_checksum_verification=True) as file:
             for batch in file.iter_batches(BATCH, columns=SCHEMA.names):
                 table = pa.Table.from_batches([batch])
                 table = table.filter(pc.field("stage").isin(pa.array(kept)))

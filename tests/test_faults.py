@@ -1,0 +1,66 @@
+"""Short stages stopped at every file operation they make, then run again: the same files, bit for bit, no others."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from eclipse.bench.faults import FULL, KILL, Faults, compiler
+from learnable_cache import make_workspace as make_learnable
+from shards import good_samples, make_workspace, write_shard
+from tiny_clip import make_clip
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler, to build bench/faults.c")
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    with Faults(tmp_path_factory.mktemp("faults")) as made:
+        yield made
+
+
+@pytest.fixture
+def base(faults: Faults, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A workspace in which the stage named by the parameter is to be run."""
+    shutil.rmtree(faults.ws, ignore_errors=True)
+    if request.param == "embed":
+        ws = make_workspace(faults.ws, make_clip(tmp_path / "clip"))
+        write_shard(ws.images / "00000.tar", good_samples(0, 3))
+    else:
+        make_learnable(faults.ws, pictures=20, steps=2, batch_size=8, checkpoint_every=1, validate_every=2)
+    shutil.copytree(faults.ws, tmp_path / "base")
+    return tmp_path / "base"
+
+
+# How far apart the points are that are taken: every one under a kill in embed, a sample of them elsewhere.
+@pytest.mark.parametrize(
+    ("base", "mode", "every"),
+    [("embed", KILL, 1), ("embed", FULL, 4), ("train", KILL, 8), ("train", FULL, 16)],
+    indirect=["base"],
+    ids=["embed killed", "embed disk full", "train killed", "train disk full"],
+)
+def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
+    faults: Faults, base: Path, mode: int, every: int, request: pytest.FixtureRequest
+) -> None:
+    stage = request.node.callspec.params["base"]
+    found = faults.stop_everywhere(stage, base, [stage, "--quiet"], modes=[mode], every=every)
+    print(f"{stage}: {sum(found.points.values())} points {dict(found.points)}, {found.runs} of them tried")
+    assert not found.wrong, "\n".join(found.wrong)
+    assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 4
+
+
+def test_a_write_that_is_not_made_whole_is_found(faults: Faults, tmp_path: Path) -> None:
+    """The check itself: a file changed, missing or left over after a resume does not pass."""
+    from eclipse.bench.faults import contents, differences
+
+    shutil.rmtree(faults.ws, ignore_errors=True)
+    (faults.ws / "prior").mkdir(parents=True)
+    (faults.ws / "prior" / "a.bin").write_bytes(b"whole")
+    (faults.ws / "prior" / "b.bin").write_bytes(b"whole")
+    wanted = contents(faults.ws)
+    (faults.ws / "prior" / "a.bin").write_bytes(b"torn.")
+    (faults.ws / "prior" / "b.bin").rename(faults.ws / "prior" / ".tmp-1-b.bin")
+    told = differences(wanted, contents(faults.ws))
+    assert told == "missing: prior/b.bin; left over: prior/.tmp-1-b.bin; different: prior/a.bin"
