@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import EclipseError, UsageError
+from eclipse.pipeline.core.files import unsealed
 from eclipse.pipeline.core.workspace import Workspace
 from records import begin, finish
 
@@ -87,9 +88,9 @@ def test_a_stage_begun_under_another_card_is_not_continued(ws: Workspace):
 
 
 def test_options_of_the_command_line_are_settings_too(ws: Workspace):
-    finish(ws, "train", steps=5)
-    assert ws.stage("train", options={"steps": 5}).completed() is not None
-    with pytest.raises(EclipseError, match="--steps: 5 → not given"):
+    finish(ws, "train", steps=10**7)  # fewer steps are another training, more of them go on
+    assert ws.stage("train", options={"steps": 10**7}).completed() is not None
+    with pytest.raises(EclipseError, match="--steps: 10000000 → not given"):
         ws.stage("train").completed()
 
 
@@ -276,7 +277,7 @@ def test_parts_of_a_former_version_keep_the_cards_fingerprint_they_carry(former:
 
 def test_a_renamed_key_is_no_change(former: Workspace, monkeypatch: pytest.MonkeyPatch):
     finish(former, "download")
-    record = json.loads(former.stage("download").path("json").read_text())
+    record = unsealed(json.loads(former.stage("download").path("json").read_text()))
     record["card"]["source"]["tries"] = record["card"]["source"].pop("retries")
     record["card"]["source"]["links"] = record["card"]["source"].pop("urls")
     record["fingerprint"] = record["card_fingerprint"] = "of another version"
@@ -287,3 +288,14 @@ def test_a_renamed_key_is_no_change(former: Workspace, monkeypatch: pytest.Monke
         sys.modules["eclipse.pipeline.core.card"].RENAMED, "source", {"tries": "retries", "links": "urls"}
     )
     assert former.stage("download").completed() is not None
+
+
+def test_a_record_that_was_changed_is_refused_by_name(ws: Workspace):
+    finish(ws, "download")
+    path = ws.stage("download").path("json")
+    text = path.read_text()
+    path.write_text(text.replace('"rows": 16000', '"rows": 16001'))
+    assert path.read_text() != text
+    with pytest.raises(EclipseError, match="its checksum does not match") as caught:
+        ws.stage("embed").__enter__()
+    assert str(path) in str(caught.value)
