@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pipeline.report.page import write_page
+from ..pipeline.report.page import stage_links, write_page
 from .shapes import CATEGORIES, Prompt
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def write_score_page(
         lead=f"{summary['prompts']} prompts in six categories, each made into pictures from three embeddings and read "
         "back by pixel. The oracle is the true embedding of one scene that fulfils the prompt.",
         footer=f"card {card.name}: {summary['held_out_compositions']} compositions were never seen in training",
+        links=stage_links("Evaluate"),
         arms=ARM_NAMES,
         splits=splits,
         accuracy=accuracy,

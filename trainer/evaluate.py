@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .model.diffusion import DiffusionPrior
 
 CHUNK = 256
+SHOWN, SHOWN_NEAREST = 12, 4  # captions on the page, and the pictures that their predictions find
 VERIFIED_BYTES = 16 << 30  # some seconds; what a larger cache holds was verified by `train`, and its sizes still are
 FEWEST_ROWS = 20  # below, whether the true image is found says little about chance
 
@@ -112,11 +114,12 @@ def evaluate(ws: Workspace, progress: Progress, *, overwrite: bool = False) -> d
     with ws.stage("evaluate", overwrite=overwrite) as run:
         if not run.complete:
             run.begin()
-            run.finish(_measure(ws, progress))
+            summary, page = _measure(ws, progress)
+            run.finish(summary, report=page)
     return run.summary
 
 
-def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
+def _measure(ws: Workspace, progress: Progress) -> tuple[dict[str, Any], Path]:
     final = ws.prior / "final"
     if not final.is_dir():
         raise EclipseError("there is no trained prior", where=str(final), hint="run `eclipse train` first")
@@ -128,8 +131,18 @@ def _measure(ws: Workspace, progress: Progress) -> dict[str, Any]:
     progress.say(f"measuring on {len(chosen):,} rows that were not trained on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states_from = live_text(store, card.encoder, device)
-    metrics = embedding_metrics(load_prior(final, device), store, chosen, card.evaluate.seed, states_from=states_from)
-    return {"rows": len(chosen), **metrics, **beside_baselines(metrics)}
+    prior, seed = load_prior(final, device), card.evaluate.seed
+    metrics = embedding_metrics(prior, store, chosen, seed, states_from=states_from)
+    summary = {"rows": len(chosen), **metrics, **beside_baselines(metrics)}
+    from ..pipeline.report.evaluate import evaluate_page
+
+    some = chosen[np.sort(np.random.default_rng(seed).permutation(len(chosen))[:SHOWN])]
+    batch = read_batch(store, some, device=device, states_from=states_from)
+    seeds = [stream_seed("validation noise", seed, row) for row in some]
+    predicted = F.normalize(sample(prior, batch.text_embedding, batch.text, seed=seeds).float().cpu(), dim=1)
+    images = F.normalize(torch.from_numpy(store.image_embeddings(chosen)).float(), dim=1)
+    cosine, nearest = (predicted @ images.T).topk(min(SHOWN_NEAREST, len(chosen)))
+    return summary, evaluate_page(ws, store, summary, some, chosen[nearest.numpy()], cosine.numpy())
 
 
 def _ranks(queries: Tensor, images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .data.batches import Batch, Batches
 from .data.verify import PageCheck
 from .distributed import World, count_gpus, describe, join, under_launcher
 from .evaluate import beside_baselines, embedding_metrics
-from .log import MetricsLog, draw_curves, read_metrics
+from .log import FILE, MetricsLog, draw_curves, read_metrics
 from .loss import Draw
 from .model.prior import save_prior
 from .run import ARMS, Job, Run, average_weights, check_init, init_place, prepare
@@ -262,7 +262,12 @@ def train(
             summary = spawn(work, count, job, False, progress.quiet)
         else:
             summary = work(job, count == 0, progress.quiet, progress)
-        run.finish(summary)
+        page = None
+        if run.leads:
+            from ..pipeline.report.train import train_page
+
+            page = train_page(ws, read_metrics(job.directory / FILE), summary)
+        run.finish(summary, report=page)
     return run.summary
 
 

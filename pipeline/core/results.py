@@ -38,6 +38,7 @@ def show_run(result: dict[str, Any]) -> None:
     show_stage("evaluate", stages["evaluate"])
     gallery = stages["render"].get("gallery")
     print(f"\ngallery: {gallery}" if gallery else f"\npictures: {result['workspace']}/renders")
+    print(f"everything else: {result['overview']}")
 
 
 def _show_dirt(dirt: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,14 @@ def run_stage(
         check_prior(ws, progress)
     function = getattr(importlib.import_module(f"eclipse.{module_name}"), function_name)
     given = {name: value for name, value in options.items() if value is not None}
-    return function(ws, progress, overwrite=overwrite, **given)
+    summary = function(ws, progress, overwrite=overwrite, **given)
+    if os.environ.get("RANK", "0") == "0":
+        _overview(ws)
+    return summary
+
+
+def _overview(ws: Workspace) -> None:
+    importlib.import_module("eclipse.pipeline.report.index").index_page(ws)
 
 
 def run_all(
@@ -79,7 +87,11 @@ def run_all(
         summaries[stage] = run_stage(ws, stage, progress, overwrite=overwrite, **options)
         complete = summaries[stage].get("already_complete")
         progress.say("      complete already" if complete else f"      done in {time.monotonic() - started:.1f} s")
-    result: dict[str, Any] = {"workspace": str(ws.root), "stages": summaries}
+    result: dict[str, Any] = {
+        "workspace": str(ws.root),
+        "overview": str(ws.reports / "index.html"),
+        "stages": summaries,
+    }
     idle = all(summary.get("already_complete") for summary in summaries.values())
     if ws.card.source.kind == "shapes" and (dirt := _dirt(ws, measure_it=not idle)):
         result["dirt"] = dirt

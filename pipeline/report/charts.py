@@ -74,6 +74,52 @@ def histogram(
         return _svg(figure)
 
 
+def lines(
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    label: str = "",
+    levels: Mapping[str, float] | None = None,
+    smooth: bool = False,
+    fair: bool = False,
+) -> Markup:
+    """Up to two named curves (the second in the accent colour), each as its x and y; named horizontal levels beside.
+
+    smooth: a running mean over a fiftieth of the points, the points themselves faint behind it. fair: the axis covers
+    what comes after the first twentieth, so that the first steps' heights do not flatten all the rest; they run out at
+    its top. Returns an <svg> element as `histogram` does.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.5, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        colours = [_ACCENT] if len(series) == 1 else [_ACCENT, _SOFT]
+        for (name, (x, y)), colour in zip(series.items(), colours, strict=False):
+            every = max(1, len(x) // 600)  # a page holds no more than the eye can tell apart
+            if smooth and len(y) > 20:
+                axes.plot(x[::every], y[::every], color=_MUTED, linewidth=0.7, alpha=0.7)
+                window = np.ones(max(1, len(y) // 50))
+                mean = np.convolve(y, window, mode="same") / np.convolve(np.ones(len(y)), window, mode="same")
+                axes.plot(x[::every], mean[::every], color=colour, linewidth=1.6, label=name)
+            else:
+                marker = "o" if len(x) < 30 else None
+                axes.plot(x[::every], y[::every], color=colour, linewidth=1.6, marker=marker, markersize=3, label=name)
+        for name, level in (levels or {}).items():
+            axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+            axes.text(0.01, level, name, transform=axes.get_yaxis_transform(), va="bottom", color=_INK, fontsize=8)
+        settled = np.concatenate([y[len(y) // 20 :] for _, y in series.values()])
+        settled = settled[np.isfinite(settled)]
+        if fair and len(settled) and settled.max() > settled.min():
+            low, high = float(settled.min()), float(np.quantile(settled, 0.99))
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+        axes.set_xlabel(label)
+        if len(series) > 1:
+            axes.legend(loc="best", fontsize=8.5)
+        return _svg(figure)
+
+
 def dots(rows: Mapping[str, Mapping[str, tuple[float, float | None]]], *, label: str = "") -> Markup:
     """One line a row, and on it a dot for each of its (up to two) named series: mean and deviation, None: no bar.
 

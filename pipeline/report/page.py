@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST_SIDE = 256  # pixels of a picture on a page; smaller ones are embedded as they are
 PIXEL_ART = 128  # up to this side pictures are enlarged without smoothing
-STAGES = (("Download", "download.html"), ("Embed", "embed.html"), ("Filter", "filter.html"))
+STAGES = (
+    ("Overview", "index.html"),
+    ("Download", "download.html"),
+    ("Embed", "embed.html"),
+    ("Filter", "filter.html"),
+    ("Train", "train.html"),
+    ("Evaluate", "evaluate.html"),
+)
 
 
 def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **context: Any) -> Path:
@@ -40,8 +47,9 @@ def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **con
 
 
 def stage_links(current: str) -> list[tuple[str, str | None]]:
-    """The navigation of a stage's page: the stages' pages lie in one folder."""
-    return [(name, None if name == current else file) for name, file in STAGES]
+    """The navigation of a stage's page, up to itself: those of later stages may not be there yet."""
+    names = [name for name, _ in STAGES]
+    return [(name, None if name == current else file) for name, file in STAGES[: names.index(current) + 1]]
 
 
 def data_uri(image: Image.Image | bytes) -> tuple[str, bool]:
