@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -155,21 +158,28 @@ def small_pictures(
     """
     from PIL import Image
 
+    def shrunk(data: bytes) -> np.ndarray | None:
+        try:
+            picture = open_picture(data, at_least=2 * side)
+        except BadPictureError:
+            return None
+        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+
     numbers, _ = store.part_of(rows)
     where: dict[tuple[int, str], list[int]] = defaultdict(list)  # a picture with several captions has several rows
     for place, picture in enumerate(zip(numbers.tolist(), store.column("key", rows).to_pylist(), strict=True)):
         where[picture].append(place)
     with tempfile.TemporaryFile() as file:
         out = np.memmap(file, np.uint8, "w+", shape=(max(len(rows), 1), side, side, 3))[: len(rows)]
-    with progress.task("reading pictures", len(rows), "pictures") as task:
-        for place, data in picture_files(shards, list(where)):
-            try:
-                picture = open_picture(data, at_least=2 * side)
-            except BadPictureError:
-                continue
-            if place in where:
-                task.advance(len(where[place]))
-                out[where.pop(place)] = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    cores = len(os.sched_getaffinity(0))
+    with progress.task("reading pictures", len(rows), "pictures") as task, ThreadPoolExecutor(cores) as pool:
+        files = picture_files(shards, list(where))
+        while some := list(islice(files, 32 * cores)):  # read while nothing is decoded, decoded on all cores
+            pictures = pool.map(shrunk, [data for _, data in some])
+            for (place, _), picture in zip(some, pictures, strict=True):
+                if picture is not None and place in where:
+                    task.advance(len(where[place]))
+                    out[where.pop(place)] = picture
     if where:
         shard, key = next(iter(where))
         raise EclipseError(
