@@ -1,7 +1,8 @@
 """Accuracy a category, seen and unseen compositions, by pixel, beside the oracle: `evaluate` on the shapes card.
 
-Arms: `prior`, the trained one; `oracle`, the true image embedding of a fresh scene that fulfils the prompt; `text`,
-the raw text embedding in place of an image embedding. All arms share prompts and decoder noise.
+Arms: `prior`, the trained one; `reference`, the card's, where it names one; `oracle`, the true image embedding of a
+fresh scene that fulfils the prompt; `text`, the raw text embedding in place of an image embedding. All arms share
+prompts and decoder noise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..pipeline.embed.clip import Encoder
     from .checker import Verdict
 
-ARMS = ("prior", "oracle", "text")
+ARMS = ("prior", "reference", "oracle", "text")  # in the order of columns; without a reference, the others
 SPLITS = ("seen", "unseen")
 FRESH = 10_000_000  # scenes from this index on are never served to a prior
 SCENE_SPLIT = {"seen": "train", "unseen": "unseen"}
@@ -81,20 +82,24 @@ def measure(
     encoder = load_encoder(card, device)
     texts = encode_texts(encoder, [p.text for p in prompts], progress)
     rows, seeds = range(len(prompts)), [picture_seed(options.seed, p.text, 0) for p in prompts]
-    embeddings = {
-        "prior": predict(prior, texts, rows, seeds, device),
-        "oracle": encode_scenes(encoder, [world.scene_for(p, options.seed) for p in prompts]),
-        "text": predict(TEXT_PRIOR, texts, rows, seeds, device),
-    }
+    embeddings = {"prior": predict(prior, texts, rows, seeds, device)}
+    reference: dict[str, str] = {}
+    if options.reference is not None:
+        place = resolve(options.reference)
+        embeddings["reference"] = predict(place, texts, rows, seeds, device)
+        reference = {"reference": prior_identity(place)}
+    embeddings["oracle"] = encode_scenes(encoder, [world.scene_for(p, options.seed) for p in prompts])
+    embeddings["text"] = predict(TEXT_PRIOR, texts, rows, seeds, device)
     retrieval = _retrieval(world, encoder, prior, max(2, options.rows // len(SPLITS)), device, progress)
     blank = unconditional(ws, encoder, card.decoder.kind, progress)
     del encoder
     pictures = decode_pictures(card, embeddings, texts, seeds, blank, device, progress)
-    shots = {arm: judge_pictures(pictures[arm], prompts) for arm in ARMS}
+    shots = {arm: judge_pictures(pictures[arm], prompts) for arm in embeddings}
     summary = {
         "prior": identity,
+        **reference,
         "prompts": len(prompts),
-        "pictures": len(prompts) * len(ARMS),
+        "pictures": len(prompts) * len(shots),
         "held_out_compositions": len(world.held_out_pairs),
         "accuracy": _by_category(prompts, shots),
         "embedding": retrieval,
@@ -229,10 +234,10 @@ def judge_pictures(pictures: np.ndarray, prompts: Sequence[Prompt]) -> list[Shot
 
 def _by_category(prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> dict[str, dict[str, float]]:
     """Mean score of each category (and of all), one column an arm and split."""
-    means = {arm: category_means(prompts, [shot.verdict.score for shot in shots[arm]]) for arm in ARMS}
+    means = {arm: category_means(prompts, [shot.verdict.score for shot in own]) for arm, own in shots.items()}
     return {
-        category: {f"{arm}_{split}": round(means[arm][category][split], 4) for split in row for arm in ARMS}
-        for category, row in means[ARMS[0]].items()
+        category: {f"{arm}_{split}": round(means[arm][category][split], 4) for split in row for arm in means}
+        for category, row in means["prior"].items()
     }
 
 
@@ -255,7 +260,7 @@ def _records(prompts: Sequence[Prompt], shots: dict[str, list[Shot]]) -> list[di
             "prompt": prompt.text,
             "category": prompt.category,
             "split": prompt.split,
-            **{arm: shots[arm][i].verdict.score for arm in ARMS},
+            **{arm: own[i].verdict.score for arm, own in shots.items()},
         }
         for i, prompt in enumerate(prompts)
     ]

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from .score import Shot
 
 SHOWN_PER_GROUP = 3  # prompts a category and split
-ARM_NAMES = {"prior": "trained prior", "oracle": "oracle", "text": "text embedding"}
+ARM_NAMES = {
+    "prior": "trained prior",
+    "reference": "reference prior",
+    "oracle": "oracle",
+    "text": "text embedding",
+}
 
 
 def write_score_page(
@@ -26,21 +31,27 @@ def write_score_page(
 ) -> None:
     """Write the page to `path`; pictures travel inside it."""
     accuracy = summary["accuracy"]
+    arms = {arm: name for arm, name in ARM_NAMES.items() if arm in shots}
+    lead = (
+        f"{summary['prompts']} prompts in six categories, each made into pictures from {len(arms)} embeddings and read "
+        "back by pixel. The oracle is the true embedding of one scene that fulfils the prompt."
+    )
+    if "reference" in arms:
+        lead += " The reference prior comes with the card: it shows what training on gives."
     splits = [split for split in ("seen", "unseen") if f"prior_{split}" in accuracy["mean"]]
     write_page(
         path,
         "evaluate.html.j2",
         folders=[Path(__file__).parent / "templates"],
         title="Does the prior compose?",
-        lead=f"{summary['prompts']} prompts in six categories, each made into pictures from three embeddings and read "
-        "back by pixel. The oracle is the true embedding of one scene that fulfils the prompt.",
+        lead=lead,
         footer=f"card {card.name}: {summary['held_out_compositions']} compositions were never seen in training",
         links=stage_links("Evaluate"),
-        arms=ARM_NAMES,
+        arms=arms,
         splits=splits,
         accuracy=accuracy,
         embedding=summary["embedding"],
-        embedded={**ARM_NAMES, "mean": "the best constant"},
+        embedded={**arms, "mean": "the best constant"},
         groups=[
             {"category": category, "split": split, "rows": _rows(category, split, prompts, shots)}
             for category in CATEGORIES
@@ -65,6 +76,7 @@ def _rows(category: str, split: str, prompts: Sequence[Prompt], shots: dict[str,
                     ),
                 }
                 for arm, name in ARM_NAMES.items()
+                if arm in shots
             ],
         }
         for i in chosen

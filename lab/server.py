@@ -232,7 +232,7 @@ def main() -> None:
     plan = planted(order["seed"], order["rows"])
     port = listening.getsockname()[1]
     if is_new:
-        write_list(path, world, plan, order["captions"], port)
+        write_list(path, world, plan, order["captions"] or 1, port)
     print(json.dumps({"port": port}), flush=True)
     asyncio.run(_serve(listening, Pictures(world, plan)))
 

@@ -267,6 +267,12 @@ class EvaluateSection(Section):
     )
     rows: int = Field(2000, ge=2, le=MANY, description="validation rows for the metrics in embedding space, at most")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of prompts and noise")
+    reference: Annotated[str | None, Decides(("render", "evaluate"))] = Field(
+        None,
+        min_length=1,
+        description="a trained prior of this encoder shown beside the workspace's own by sources with categories:"
+        " directory or hub id; {models} is the installation's own",
+    )
 
 
 class Card(Section):

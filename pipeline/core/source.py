@@ -39,7 +39,9 @@ class ShapesSource(FetchOptions):
     kind: Literal["shapes"] = Field("shapes", description="shapes: the world that ships with the installation")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the world's scenes, captions and planted dirt")
     rows: int = Field(8000, ge=1, le=100_000_000, description="pictures of the served list, dirt included")
-    captions: int = Field(1, ge=1, le=5, description="captions of a picture at most, as COCO has five: a row for each")
+    captions: int | None = Field(
+        None, ge=1, le=5, description="captions of a picture at most, as COCO has five, a row for each; null: one"
+    )
     held_out: float = Field(0.15, ge=0, lt=1, description="share of (color, shape) compositions kept out of training")
     patience_s: Annotated[float, NOTHING] = Field(
         20.0, gt=0, le=86_400, description="seconds to wait for the world's own server"
@@ -214,7 +216,7 @@ PLACES = ("urls", "shards", "folder", "table")  # keys of a source that name fil
 def expected_rows(source: Source) -> int | None:
     """Pairs that a source should give, if the card says so."""
     if isinstance(source, ShapesSource):
-        return round(source.rows * (1 + CAPTIONS_GAIN * (source.captions - 1)))
+        return round(source.rows * (1 + CAPTIONS_GAIN * ((source.captions or 1) - 1)))
     return source.expected_rows
 
 

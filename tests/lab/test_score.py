@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eclipse.lab.shapes import CATEGORIES
 from eclipse.pipeline.core.errors import EclipseError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
-from tiny_workspace import make_workspace
+from tiny_workspace import make_workspace, save_tiny_prior
 
 QUIET = Progress(quiet=True)
 
@@ -31,7 +32,7 @@ def summary(ws: Workspace) -> dict:
 
 
 def test_every_arm_is_scored_in_every_category_and_split(summary: dict) -> None:
-    columns = {f"{arm}_{split}" for arm in ARMS for split in ("seen", "unseen")}
+    columns = {f"{arm}_{split}" for arm in ("prior", "oracle", "text") for split in ("seen", "unseen")}
     assert list(summary["accuracy"]) == [*CATEGORIES, "mean"]
     for row in summary["accuracy"].values():
         assert set(row) == columns and all(0 <= value <= 1 for value in row.values())
@@ -55,6 +56,28 @@ def test_figures_and_page_are_written_and_a_second_run_does_nothing(ws: Workspac
     assert page.count("data:image/png;base64,") == 24 * 3
     assert "trained prior" in page and "unseen compositions" in page
     assert evaluate_shapes(ws, QUIET) == {**summary, "already_complete": True}
+
+
+def test_a_reference_prior_is_an_arm_of_its_own(ws: Workspace, tmp_path: Path) -> None:
+    """Here it is the workspace's own prior: it gets the same prompts and noise, and so the same figures."""
+    shutil.copytree(ws.root, tmp_path / "ws")
+    save_tiny_prior(tmp_path / "other", seed=3)
+    card = Workspace.open(tmp_path / "ws").card
+    for place, same in ((ws.prior / "final", True), (tmp_path / "other", False)):
+        named = card.model_copy(update={"evaluate": card.evaluate.model_copy(update={"reference": str(place)})})
+        named.dump(tmp_path / "ws" / "eclipse.yaml")
+        found = evaluate_shapes(Workspace.open(tmp_path / "ws"), QUIET, overwrite=True)
+        assert found["pictures"] == 4 * found["prompts"] and (found["reference"] == found["prior"]) is same
+        assert list(found["accuracy"]["mean"]) == [f"{arm}_{split}" for split in ("seen", "unseen") for arm in ARMS]
+        assert "reference" in json.loads(Path(found["json"]).read_text())["pictures"][0]
+        page = Path(found["report"]).read_text(encoding="utf-8")
+        shown = re.findall('data:image/png;base64,([^"]*)', page)
+        assert len(shown) == 24 * 4 and "reference prior" in page
+        assert (shown[0::4] == shown[1::4]) is same and shown[0::4] != shown[2::4]
+    gone = card.model_copy(update={"evaluate": card.evaluate.model_copy(update={"reference": str(tmp_path / "gone")})})
+    gone.dump(tmp_path / "ws" / "eclipse.yaml")
+    with pytest.raises(EclipseError, match="there is no prior"):
+        evaluate_shapes(Workspace.open(tmp_path / "ws"), QUIET, overwrite=True)
 
 
 def test_perfect_pictures_score_one_and_empty_ones_nothing(
