@@ -76,7 +76,7 @@ def test_a_reference_prior_is_an_arm_of_its_own(ws: Workspace, tmp_path: Path) -
         assert (shown[0::4] == shown[1::4]) is same and shown[0::4] != shown[2::4]
     gone = card.model_copy(update={"evaluate": card.evaluate.model_copy(update={"reference": str(tmp_path / "gone")})})
     gone.dump(tmp_path / "ws" / "eclipse.yaml")
-    with pytest.raises(EclipseError, match="there is no prior"):
+    with pytest.raises(EclipseError, match="no such prior"):
         evaluate_shapes(Workspace.open(tmp_path / "ws"), QUIET, overwrite=True)
 
 
