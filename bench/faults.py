@@ -38,7 +38,7 @@ HOW = {KILL: "killed", FULL: "disk full"}
 VOLATILE = {"seconds", "finished_at", "since", "pid", "samples_per_second", "data_wait_share", "made", "rates"}
 NAMED_ALONE = (".html", ".svg", ".log", ".lock")  # reports hold times and drawings; that they are there is compared
 SKIPPED = ("logs/state/", "events.out.tfevents", "train.png")  # compared otherwise, or named by time
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 FULL_SAID = ("disk is full", "No space left on device")
 
 
@@ -116,13 +116,19 @@ class Faults:
         self._server.stdin.close()
         self._server.wait(timeout=30)
 
-    def run(self, arguments: Sequence[str], mode: int = OFF, at: int = 0) -> Outcome:
-        """`eclipse ARGUMENTS` in the workspace, in a process of its own."""
+    def run(
+        self, arguments: Sequence[str], mode: int = OFF, at: int = 0, *, signals: Sequence[tuple[float, str, int]] = ()
+    ) -> Outcome:
+        """`eclipse ARGUMENTS` in the workspace, in a process of its own.
+
+        signals: (seconds from its start, "main" or "worker", number): a worker is any process that descends from it.
+        """
         output = self.folder / "output.txt"
         self.control.count = self.control.full = 0
         self.control.at, self.control.mode = at, mode
         assert self._server.stdin is not None and self._server.stdout is not None
         job = {"arguments": [*arguments, "-w", str(self.ws)], "output": str(output), "timeout_s": TIMEOUT_S}
+        job["signals"] = sorted(signals)
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         code = json.loads(self._server.stdout.readline())

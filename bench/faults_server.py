@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 HEAVY = (
@@ -43,10 +44,26 @@ def child(job: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
-def wait(pid: int, timeout_s: float) -> int | None:
-    """The exit code of a child, negative for a signal; None if it took too long and was killed."""
-    deadline = time.monotonic() + timeout_s
+def descendants(pid: int) -> list[int]:
+    """The processes below this one."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child_pid in map(int, task.read_text().split()):
+                found += [child_pid, *descendants(child_pid)]
+    return found
+
+
+def wait(pid: int, timeout_s: float, signals: list[tuple[float, str, int]]) -> int | None:
+    """The exit code of a child, negative for a signal; None if it took too long and was killed. Sends the signals."""
+    began, left = time.monotonic(), list(signals)
+    deadline = began + timeout_s
     while True:
+        if left and time.monotonic() - began >= left[0][0]:
+            _, whom, number = left.pop(0)
+            for each in [pid] if whom == "main" else descendants(pid)[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, number)
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -69,7 +86,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             child(job)
-        answers.write(json.dumps(wait(pid, job["timeout_s"])) + "\n")
+        answers.write(json.dumps(wait(pid, job["timeout_s"], job["signals"])) + "\n")
 
 
 if __name__ == "__main__":
