@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..pipeline.core.card import STAGES
 from .faults import Faults, contents, differences, small_workspace
-from .results import arguments, record, table
+from .results import arguments, hardware, record, table
 
 # How a run is stopped, and how often in a row: Ctrl-C is often pressed more than once.
 WAYS: dict[str, tuple[str, int, int]] = {
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=600, help="stop after so long, and say how many were run")
     chosen = parser.parse_args()
-    rng, began = random.Random(0), time.monotonic()
+    rng, began, machine = random.Random(0), time.monotonic(), hardware()
     counted: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
@@ -83,9 +83,9 @@ def main() -> None:
     rows = [[stage, counts["trials"], counts["stopped"], counts["equal"]] for stage, counts in counted.items()]
     rows.append(["all", *(sum(counts[name] for counts in counted.values()) for name in ("trials", "stopped", "equal"))])
     shown = table(["stage", "trials", "stopped in mid-run", "equal after a second run"], rows)
-    record(
-        "Kills at random moments", __file__, "\n".join([shown, "", *(f"- {each}" for each in wrong)]), chosen.results
-    )
+    body = "\n".join([shown, "", *(f"- {each}" for each in wrong)]).rstrip()
+    settings = {"trials": sum(counts["trials"] for counts in counted.values()), "of": chosen.trials}
+    record("bench/kills.py", "Stages killed and interrupted at random moments", body, settings, machine, chosen.results)
 
 
 if __name__ == "__main__":
