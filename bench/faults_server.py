@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HEAVY = (
-    "eclipse.cli", "eclipse.pipeline.core.stages", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip", "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
+    "eclipse.cli", "eclipse.pipeline.core.stages", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip",
+    "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
     "scipy.sparse.csgraph", "eclipse.pipeline.download.stage", "eclipse.pipeline.embed.stage",
     "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage", "eclipse.pipeline.report.stages",
     "eclipse.trainer.loop", "eclipse.decode.render", "eclipse.decode.kandinsky", "eclipse.decode.gallery",
