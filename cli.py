@@ -87,29 +87,40 @@ def run(
 def init(
     card: Annotated[
         str,
-        typer.Argument(metavar="CARD", help="Name or file of a data card; its source.urls are relative to the file."),
+        typer.Argument(
+            metavar="CARD|PICTURES",
+            help="Name or file of a data card; or what you have: a folder, tars, tables, a list.",
+        ),
     ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to make the workspace.")],
+    like: Annotated[
+        str, typer.Option("--like", metavar="CARD", help="For pictures: whose encoder, prior and decoder to take.")
+    ] = "coco",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a workspace from a card.
+    """Make a workspace from a card, or from pictures that you have.
 
-    Later commands find it in the current directory, or through -w DIR.
+    For pictures a card is proposed, in DIR/eclipse.yaml: they are read where they lie. Later commands find the
+    workspace in the current directory, or through -w DIR.
 
     \b
     Examples:
       eclipse init shapes my-shapes
       eclipse init my-card.yaml /data/mine && cd /data/mine && eclipse download
+      eclipse init ./photos my-prior
+      eclipse init 'cc12m-{00000..01242}.tar' my-prior --like cc12m
+      eclipse init list.parquet my-prior
     """
-    from .pipeline.core.stages import locate
+    from .pipeline.core.stages import begin_workspace
 
     def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(card, directory)
-        return {"workspace": str(ws.root), "card": ws.card.name}
+        ws = begin_workspace(card, directory, like)
+        return {"workspace": str(ws.root), "card": ws.card.name, "source": ws.card.source.kind}
 
     def show(result: dict[str, Any]) -> None:
-        print(f"workspace for {result['card']}: {result['workspace']}\nnext: cd {directory} && eclipse run")
+        print(f"workspace for {result['card']} ({result['source']}): {result['workspace']}")
+        print(f"next: cd {directory} && eclipse run")
 
     present(work, show, as_json=as_json, debug=debug)
 
@@ -178,6 +189,16 @@ def doctor(
 def download(
     card: Card = None,
     workspace: Root = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="So many pictures for now.")] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="SHARE", help="Such a share for now, by a hash of the URLs: 1%.")
+    ] = None,
+    retry_failed: Annotated[
+        str | None,
+        typer.Option(
+            "--retry-failed", metavar="all|REASON,…", help="Fetch what failed, for these reasons, into further shards."
+        ),
+    ] = None,
     cluster: Cluster = "local",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -186,14 +207,19 @@ def download(
 ) -> None:
     """Fetch the card's pictures into image shards.
 
-    img2dataset writes them as WebDataset tars; a resumed download fetches what is missing.
+    img2dataset writes them as WebDataset tars; a resumed download fetches what is missing. What is asked for by --limit
+    or --sample is remembered; asking for more, up to --sample 100%, adds to it. Pictures that a card reads where they
+    lie are counted, and not copied.
 
     \b
     Examples:
       eclipse download
       eclipse download --card my-card.yaml -w /data/mine
+      eclipse download --sample 1%
+      eclipse download --retry-failed timed_out,http_503
     """
-    _stage("download", card, workspace, cluster, overwrite, quiet, as_json, debug)
+    options = {"limit": limit, "sample": sample, "retry_failed": retry_failed}
+    _stage("download", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
 
 
 @app.command()

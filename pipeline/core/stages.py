@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .card import CARD_NAME, STAGES, Card
+from .card import CARD_NAME, STAGES, Card, card_names
 from .errors import UsageError
 from .files import write_json
 from .progress import Progress
@@ -44,6 +44,17 @@ def locate(card: str | None, root: Path | None, *, default_card: str | None = No
         return Workspace.open(Path.cwd() / f"eclipse-{default_card}")
     loaded = Card.load(card or str(default_card))
     return Workspace.create(root or Path.cwd() / f"eclipse-{loaded.name}", loaded)
+
+
+def begin_workspace(card: str, root: Path, like: str) -> Workspace:
+    """Make a workspace of a card, or of pictures that are there: then the card is proposed, all else as in `like`."""
+    if card in card_names() or card.endswith((".yaml", ".yml")):
+        return locate(card, root)
+    if not (Path(card).exists() or "/" in card or any(letter in card for letter in "*?[{")):
+        return locate(card, root)  # which says what it does not know
+    from ..download.propose import propose
+
+    return Workspace.create(root, propose(card, like, root.absolute().name))
 
 
 def run_stage(
@@ -125,8 +136,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def cluster_option(stage: str, cluster: str) -> dict[str, str]:
     """The `cluster` option of a stage that has shard tasks to spread; refused for the others, unless local."""
-    if cluster != "local" and cluster != "ray" and not cluster.startswith("ray://"):
-        raise UsageError("unknown cluster", where=f"--cluster {cluster}", hint="use local, ray, or ray://HOST:PORT")
+    known = ("local", "ray", *(["spark"] if stage == "download" else []))
+    if cluster not in known and not cluster.startswith("ray://"):
+        hint = f"use {', '.join(known)}, or ray://HOST:PORT"
+        raise UsageError("unknown cluster", where=f"--cluster {cluster}", hint=hint)
     if cluster == "local":
         return {}
     if stage not in CLUSTERED:

@@ -68,15 +68,15 @@ def download(
     *,
     overwrite: bool = False,
     cluster: str = "local",
-    retry_failed: Sequence[str] | None = None,
+    retry_failed: str | None = None,
     limit: int | None = None,
-    sample: float | None = None,
+    sample: str | None = None,
 ) -> dict[str, Any]:
     """Fetch the card's pictures into ws.images; return the summary, counts of pairs by fate among it.
 
-    retry_failed: fetch what failed for these reasons (empty: for any), into further shards. limit, sample: fetch so
-    many pictures, or such a share of them by a hash of their URLs; remembered until more is asked for. cluster: local,
-    ray, ray://HOST:PORT or spark, by img2dataset's own distributors.
+    retry_failed: fetch what failed for these reasons, `timed_out,http_503` or `all`, into further shards. limit,
+    sample: fetch so many pictures, or such a share of them (`1%`) by a hash of their URLs; remembered until more is
+    asked for. cluster: local, ray, ray://HOST:PORT or spark, by img2dataset's own distributors.
 
     Raises EclipseError if the list changed under a download that began, if nothing could be fetched or nothing answers
     any more, or if a pair has no fate; UsageError for a list that cannot be read, and where images/ holds what this
@@ -88,8 +88,9 @@ def download(
             what = "these pictures are read where they lie: there is nothing to fetch"
             raise UsageError(what, where=f"source.kind: {source.kind}", hint="leave the options out")
         return take_stock(ws, overwrite=overwrite)
-    asked = Target(limit, 1.0 if sample is None else sample) if limit or sample else None
-    with ws.stage("download", overwrite=overwrite, go_on=asked is not None or retry_failed is not None) as run:
+    asked = Target(limit, share_of(sample)) if limit or sample else None
+    reasons = None if retry_failed is None else tuple(reason.strip() for reason in retry_failed.split(","))
+    with ws.stage("download", overwrite=overwrite, go_on=asked is not None or reasons is not None) as run:
         if run.complete:
             return run.summary
         require_own(ws, all_of_it=overwrite)
@@ -102,12 +103,25 @@ def download(
             work.survey(anew=overwrite)
             run.begin()  # the list is known to be readable: nothing old is removed before
             work.note_list()
-            work.fetch(asked, retry_failed)
+            work.fetch(asked, reasons)
         summary = work.account()
         from ..report.stages import download_page
 
         run.finish(summary, report=download_page(ws, summary["rejected"]))
     return run.summary
+
+
+def share_of(text: str | None) -> float:
+    """`1%` or `0.01` → 0.01; None → 1. Raises UsageError."""
+    if text is None:
+        return 1.0
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError("no share of a list", where=f"--sample {text[:40]}", hint="such as 1%, or 0.01")
+    return share
 
 
 def take_stock(ws: Workspace, *, overwrite: bool) -> dict[str, Any]:
@@ -216,7 +230,7 @@ class _Run:
                 self._rest(number)
             self._do(Pass(again.first, self._shards_for(count), None, ()))
         if retry_failed is not None:
-            again = Pass(self._next_shard(), 0, None, tuple(retry_failed) or ("all",))
+            again = Pass(self._next_shard(), 0, None, tuple(retry_failed))
             if not (count := len(self._failed(again))):
                 known = ", ".join(sorted({failure.reason for failure in self.fates.failures.values()})) or "nothing"
                 self.progress.say(f"nothing to try again; what failed: {known}")

@@ -181,6 +181,24 @@ def _text(path: Path, encoding: str | None) -> Any:
     return stream if encoding is None else pa.transcoding_input_stream(stream, encoding, "utf-8")
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a list; of JSON lines those of the first. Raises UsageError, EclipseError."""
+    kind = _kind(path)
+    try:
+        if kind == "parquet":
+            return pq.read_schema(path).names
+        if kind in ("jsonl", "ndjson"):
+            with io.BufferedReader(_text(path, None)) as file:  # type: ignore[arg-type]
+                first = next((row for _, line in _lines(file) if (row := _json_row(line)) is not None), {})
+            return [str(name) for name in first]
+        with _open_csv(path, [], [], tabs=kind == "tsv", quoting=kind == "csv", encoding=None) as reader:
+            return list(reader.schema.names)
+    except OSError as error:
+        raise UsageError(f"cannot read the list: {_why(error)}", where=str(path)) from error
+    except (pa.ArrowException, ValueError) as error:
+        raise EclipseError(f"cannot read the list: {error}", where=str(path)) from error
+
+
 def _require_columns(path: Path, wanted: list[str], names: list[str]) -> None:
     hint = "set url_column and caption_column in the card's source"
     if missing := [name for name in wanted if name not in names]:

@@ -102,7 +102,7 @@ def table_rows(path: Path, image: str, caption: str) -> int:
             with pq.ParquetFile(path) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
         else:
-            table = _arrow_table(path)
+            table = read_arrow(path)
             schema, rows = table.schema, len(table)
     except (OSError, pa.ArrowException) as error:
         raise EclipseError(f"cannot read the table: {error}", where=str(path)) from error
@@ -124,7 +124,7 @@ def table_rows(path: Path, image: str, caption: str) -> int:
 def _batches(path: Path, columns: list[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
     """Rows start to stop, a few at a time."""
     if path.suffix != ".parquet":
-        yield from _arrow_table(path).select(columns).slice(start, stop - start).to_batches(max_chunksize=BATCH)
+        yield from read_arrow(path).select(columns).slice(start, stop - start).to_batches(max_chunksize=BATCH)
         return
     with pq.ParquetFile(path) as file:
         first = 0
@@ -140,7 +140,7 @@ def _batches(path: Path, columns: list[str], start: int, stop: int) -> Iterator[
             first = last
 
 
-def _arrow_table(path: Path) -> pa.Table:
+def read_arrow(path: Path) -> pa.Table:
     """An Arrow file, mapped; Hugging Face writes streams, others files."""
     source = pa.memory_map(str(path))
     try:
