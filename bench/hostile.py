@@ -318,11 +318,16 @@ def main() -> None:
     if memory.most > 2e9:
         faults.append("more than 2 GB of memory")
     result = {
-        "rows": len(rows), "urls": len(kind_of), "seconds": round(seconds, 1), "memory_gb": round(memory.most / 1e9, 2),
-        "asked": sum(hits.values()), "most_asked": max(hits.values()), "images": summary["images"],
-        "pairs": summary["pairs"], "recovered": summary["recovered"], "fates": {kind: dict(counts) for kind, counts in sorted(fates.items())},
+        "rows": len(rows),
+        "urls": len(kind_of),
+        "seconds": round(seconds, 1),
+        "memory_gb": round(memory.most / 1e9, 2),
+        "asked": sum(hits.values()),
+        "most_asked": max(hits.values()),
+        **{name: summary[name] for name in ("images", "pairs", "recovered")},
+        "fates": {kind: dict(counts) for kind, counts in sorted(fates.items())},
         "faults": faults,
-    }  # fmt: skip
+    }
     if options.json:
         print(json.dumps(result, indent=1))
     else:

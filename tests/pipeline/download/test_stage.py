@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from eclipse.pipeline.download import stage
 from eclipse.pipeline.download.stage import download
 from eclipse.pipeline.images.decode import Sample, read_shard
 from eclipse.pipeline.images.rejects import read_rejected
-from shards import picture
+from shards import good_samples, picture, write_shard
 from web import Handler, drip, picture_answer, serving
 
 ROWS, SHARD = 150, 25
@@ -278,3 +281,117 @@ def test_nothing_to_fetch_nothing_fetched_and_no_place_are_explained(tmp_path: P
         pq.write_table(pa.table({"url": urls[1:], "caption": ["b"]}), ws.root / "list.parquet")
         with pytest.raises(EclipseError, match="no picture could be downloaded: http_404 1"):
             download(ws, QUIET, overwrite=True)
+
+
+def test_a_picture_with_several_captions_is_fetched_and_stored_once(tmp_path: Path):
+    with serving({"/a.jpg": picture_answer(picture(1)), "/b.jpg": picture_answer(picture(2))}) as web:
+        a, b, gone = (web.url(path) for path in ("/a.jpg", "/b.jpg", "/gone.jpg"))
+        rows = [(a, "first"), (gone, "x"), (b, "only"), (a, "second"), (gone, "y"), (a, "first"), (a, "third")]
+        table = {"url": [url for url, _ in rows], "caption": [caption for _, caption in rows]}
+        ws = urls_workspace(tmp_path / "ws", table, retries=0)
+        summary = download(ws, QUIET)
+        assert web.hits == {"/a.jpg": 1, "/b.jpg": 1, "/gone.jpg": 1}
+    assert (summary["rows"], summary["images"], summary["pairs"]) == (7, 2, 4)
+    assert summary["rejected"] == {"http_404": 2, "repeated_pair": 1}
+    with tarfile.open(ws.images / "00000.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    (key,) = (name.partition(".")[0] for name, data in files.items() if data == b"first")
+    assert json.loads(files[f"{key}.json"])["captions"] == ["first", "second", "third"]
+    assert sum(name.endswith(".jpg") for name in files) == 2
+    assert {(reject["reason"], reject["caption"]) for reject in read_rejected(ws).to_pylist()} == {
+        ("http_404", "x"), ("http_404", "y"), ("repeated_pair", "first"),
+    }  # fmt: skip
+
+
+def test_credentials_of_a_url_are_used_and_appear_nowhere(tmp_path: Path):
+    wanted = "Basic " + base64.b64encode(b"ann:swordfish").decode()
+
+    def guarded(handler: Handler, before: int) -> None:
+        fine = handler.headers["Authorization"] == wanted and before > 0
+        handler.give(picture(1)) if fine else handler.send_error(503)
+
+    with serving({"/a.jpg": guarded, "/refused.jpg": lambda handler, before: handler.send_error(403)}) as web:
+        urls = [web.url(path).replace("http://", "http://ann:swordfish@") for path in ("/a.jpg", "/refused.jpg")]
+        ws = urls_workspace(tmp_path / "ws", {"url": urls, "caption": ["a", "b"]}, retries=1)
+        (ws.root / "list.parquet").rename(tmp_path / "list.parquet")
+        (ws.root / "list.parquet").symlink_to(tmp_path / "list.parquet")
+        summary = download(ws, QUIET)
+    assert summary["images"] == 1 and summary["recovered"] == 1
+    for path in ws.root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert b"swordfish" not in path.read_bytes() and b"ann:" not in path.read_bytes(), path
+    assert "swordfish" not in json.dumps(summary) and samples(ws)[0].url == web.url("/a.jpg")
+
+
+def test_what_this_project_did_not_write_is_never_replaced(tmp_path: Path):
+    with serving({"/a.jpg": picture_answer(picture(1))}) as web:
+        ws = urls_workspace(tmp_path / "ws", {"url": [web.url("/a.jpg")], "caption": ["a"]})
+        own = write_shard(ws.images / "00000.tar", good_samples(0, 3))
+        before = own.read_bytes()
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match="not written by `eclipse download`"):
+                download(ws, QUIET, overwrite=overwrite)
+            assert own.read_bytes() == before and not web.hits
+        own.unlink()
+        assert download(ws, QUIET)["images"] == 1
+        notes = ws.images / "notes.txt"
+        notes.write_text("mine")
+        with pytest.raises(UsageError, match="1 files here were not written"):
+            download(ws, QUIET, overwrite=True)
+        assert notes.read_text() == "mine" and len(samples(ws)) == 1
+
+
+def test_more_can_be_asked_for_and_what_failed_tried_again(tmp_path: Path):
+    broken = {"on": True}
+
+    def shaky(handler: Handler, before: int) -> None:
+        handler.send_error(404) if broken["on"] else handler.give(picture(1000 + before))
+
+    answers: dict[str, Any] = {f"/{n}.jpg": picture_answer(picture(n)) for n in range(40)}
+    answers |= {f"/shaky{n}.jpg": shaky for n in range(10)}
+    with serving(answers) as web:
+        paths = [f"/{n}.jpg" for n in range(40)] + [f"/shaky{n}.jpg" for n in range(10)] + ["/gone.jpg"]
+        table = {"url": [web.url(path) for path in paths], "caption": [f"caption {n}" for n in range(51)]}
+        ws = urls_workspace(tmp_path / "ws", table, retries=0, rows_per_shard=8)
+        assert download(ws, QUIET, limit=20)["images"] == 20
+        assert download(ws, QUIET)["already_complete"], "what was asked for is remembered"
+        first = {path.name: path.stat().st_mtime_ns for path in ws.images.iterdir()}
+        summary = download(ws, QUIET, sample="100%")
+        assert summary["images"] == 40 and summary["rejected"] == {"http_404": 11} and summary["rows"] == 51
+        assert {name: (ws.images / name).stat().st_mtime_ns for name in first} == first, (
+            "finished shards are left alone"
+        )
+        broken["on"] = False
+        assert download(ws, QUIET, retry_failed="timed_out")["images"] == 40, "nothing failed for that"
+        summary = download(ws, QUIET, retry_failed="http_404,timed_out")
+        assert summary["images"] == 50 and summary["recovered"] == 10 and summary["rejected"] == {"http_404": 1}
+        assert max(web.hits[path] for path in paths if "shaky" not in path and "gone" not in path) == 1
+    assert sorted(sample.caption for sample in samples(ws)) == sorted(f"caption {n}" for n in range(50))
+    assert not any(path.name.startswith(".") for path in ws.images.iterdir())
+    with pytest.raises(UsageError, match="no share"):
+        download(ws, QUIET, sample="many")
+
+
+def test_published_hashes_are_verified(tmp_path: Path):
+    with serving({f"/{n}.jpg": picture_answer(picture(n)) for n in range(3)}) as web:
+        hashes = [hashlib.sha256(picture(0)).hexdigest(), hashlib.md5(picture(1)).hexdigest(), "0" * 64]
+        urls = [web.url(f"/{n}.jpg") for n in range(3)]
+        table = {"url": urls, "caption": ["a", "b", "c"], "digest": hashes}
+        summary = download(urls_workspace(tmp_path / "ws", table, hash_column="digest"), QUIET)
+    assert summary["images"] == 2 and summary["rejected"] == {"wrong_hash": 1}
+
+
+def test_an_outage_is_waited_for_and_then_ends_the_stage_with_everything_kept(tmp_path: Path):
+    answers = {f"/{n}.jpg": picture_answer(picture(n)) for n in range(60)}
+    with serving(answers) as web:
+        port, urls = web.server_port, [web.url(path) for path in answers]
+        table = {"url": urls, "caption": [f"caption {n}" for n in range(60)]}
+        ws = urls_workspace(tmp_path / "ws", table, rows_per_shard=20, retries=0, patience_s=1.0)
+        assert download(ws, QUIET, limit=20)["images"] == 20
+    with pytest.raises(EclipseError, match="nothing has answered for 1 s"):
+        download(ws, QUIET, sample="100%")
+    assert len(samples(ws)) == 20 and ws.stage("download").begun is not None
+    with serving(answers, port) as web:
+        summary = download(ws, QUIET)
+        assert summary["images"] == 60 and summary["rejected"] == {}, "an outage is no result"
+        assert all(web.hits[f"/{n}.jpg"] == 0 for n in range(19)), "finished shards are kept"
