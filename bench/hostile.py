@@ -11,6 +11,7 @@ deadline.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import io
@@ -74,6 +75,7 @@ def picture(seed: int) -> bytes:
     return out.getvalue()
 
 
+@functools.cache
 def pixel_bomb() -> bytes:
     """A PNG of 60,000 × 60,000 grey pixels in a few kilobytes."""
 
@@ -217,8 +219,9 @@ def make_list(urls: int, port: int) -> tuple[list[tuple[str, str, str]], dict[st
             place = "127.0.0.1:9"
         url = f"http://{place}/{kind.replace(' ', '_')}/{number}"
         kind_of[url] = kind
-        bodies = {"HTML page": PAGE, "cut JPEG": picture(number)[:-400], "pixel bomb": pixel_bomb()}
-        right = hashlib.sha256(bodies.get(kind, picture(number))).hexdigest()
+        whole = picture(number)
+        bodies = {"HTML page": PAGE, "cut JPEG": whole[:-400], "pixel bomb": pixel_bomb()}
+        right = hashlib.sha256(bodies.get(kind, whole)).hexdigest()
         digest = "f" * 64 if kind == "wrong hash" else right
         for again in range(1 + (rng.randrange(1, 4) if rng.random() < 0.2 else 0)):
             rows.append((url, CAPTIONS[(number + again) % len(CAPTIONS)].format(f"{number} {again}"), digest))
