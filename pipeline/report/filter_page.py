@@ -140,7 +140,7 @@ def filter_page(
                     COPIES[name],
                     [
                         [
-                            shots(group[0], f"stays, {size:,} copies", "good"),
+                            shots(group[0], f"stays, {size:,} " + ("copy" if size == 1 else "copies"), "good"),
                             *(shots(r, f"copy {similarity[r]:.3f}", "bad") for r in group[1:]),
                         ]
                         for group, size in found
