@@ -186,6 +186,27 @@ def doctor(
 
 
 @app.command()
+def why(
+    what: Annotated[str, typer.Argument(metavar="UID|KEY|URL", help="A row; the first 8 digits of a uid will do.")],
+    workspace: Root = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell a row's story, from the list to the batch.
+
+    \b
+    Examples:
+      eclipse why 000031415
+      eclipse why https://example.org/cat.jpg
+    """
+    from .pipeline.core.results import show_story
+    from .pipeline.core.stages import locate
+    from .why import tell
+
+    present(lambda progress: tell(locate(None, workspace), what, progress), show_story, as_json=as_json, debug=debug)
+
+
+@app.command()
 def download(
     card: Card = None,
     workspace: Root = None,
@@ -279,27 +300,6 @@ def filter(
     """
     options = {"dry_run": dry_run or None, "rules": rule or None}
     _stage("filter", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
-
-
-@app.command()
-def why(
-    what: Annotated[str, typer.Argument(metavar="UID|KEY|URL", help="A row; the first 8 digits of a uid will do.")],
-    workspace: Root = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Tell a row's story, from the list to the batch.
-
-    \b
-    Examples:
-      eclipse why 000031415
-      eclipse why https://example.org/cat.jpg
-    """
-    from .pipeline.core.results import show_story
-    from .pipeline.core.stages import locate
-    from .why import tell
-
-    present(lambda progress: tell(locate(None, workspace), what, progress), show_story, as_json=as_json, debug=debug)
 
 
 @app.command()
