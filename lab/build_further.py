@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..pipeline.core.card import MODELS
 from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
-from ..trainer.model.prior import PRESETS
+from ..trainer.model.prior import PRESETS, WEIGHTS, Prior, save_prior
 from .bank import ExampleBank, PairBank
 from .build_gpu import DEEP, movq_step, unet_step
 from .build_movq import load as load_movq
@@ -427,3 +427,21 @@ def further(device: str, processes: int, minutes: float, out: Path) -> None:
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
     Further(device, processes, 60 * minutes, out, Sizes() if device == "cuda" else REHEARSAL).run()
+
+
+def install(folder: Path, models: Path, reference: str) -> None:
+    """Put what `further` wrote into the shipped models: a reference prior, and the decoder's parts that are there."""
+    prior = Prior(REFERENCES[reference][0])
+    weights = load_file(folder / f"reference-{reference}.safetensors")
+    prior.load_state_dict({name: x.float() for name, x in weights.items()})
+    save_prior(prior, models / "prior")  # config, and weights in float32: half of it is enough here
+    _replace(models / "prior", weights)
+    for part in ("movq", "unet"):
+        if (folder / f"{part}.safetensors").exists():
+            _replace(models / "decoder" / part, load_file(folder / f"{part}.safetensors"))
+
+
+def _replace(model: Path, weights: dict[str, Tensor]) -> None:
+    with atomic_path(model / WEIGHTS) as beside:
+        save_file(weights, beside, metadata={"format": "pt"})
+    (model / WEIGHTS).chmod(0o644)  # save_file makes it readable by its owner alone

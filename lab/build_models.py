@@ -44,8 +44,8 @@ def build(
     seconds: Annotated[float, typer.Option(help="that each kind of step is timed; of `rates`")] = 1.0,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
-    if step not in (*STEPS, "all", "rates", "further", "reference"):
-        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further, reference")
+    if step not in (*STEPS, "all", "rates", "further", "reference", "install"):
+        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further, reference, install")
     torch.set_num_threads(threads)
     if step == "rates":
         from .build_gpu import rates
@@ -56,6 +56,11 @@ def build(
         from .build_further import further
 
         further(device, processes, minutes, folder)
+        return
+    if step == "install":
+        from .build_further import install
+
+        install(folder, models, "small")
         return
     if step == "reference":
         from . import build_reference
