@@ -17,7 +17,7 @@ HEAVY = (
     "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
     "scipy.sparse.csgraph", "eclipse.pipeline.download.stage", "eclipse.pipeline.embed.stage",
     "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage", "eclipse.pipeline.report.stages",
-    "eclipse.trainer.loop", "eclipse.decode.render", "eclipse.decode.kandinsky", "eclipse.decode.gallery",
+    "eclipse.trainer.stage", "eclipse.decode.render", "eclipse.decode.kandinsky", "eclipse.decode.gallery",
     "eclipse.lab.score",
 )  # fmt: skip
 

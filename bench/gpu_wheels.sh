@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 names=(
     open-clip-torch ftfy wcwidth diffusers importlib-metadata lazy-importer httpx pydantic pydantic-core annotated-types
-    typing-inspection
+    typing-inspection zlib-ng
 )
 packages=()
 for name in "${names[@]}"; do

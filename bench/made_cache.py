@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..pipeline.cache.store import PartMeta, PartWriter, Store, part_name
+from ..pipeline.core.card import Card
+from ..trainer.run import TrainJob
 
 POOL_ROWS = 2048  # rows are cut from a pool at changing places: drawing every number would take longer than writing it
 MEAN_TOKENS = 13.0  # COCO's captions under CLIP's tokenizer, start and end included
@@ -26,6 +31,24 @@ def make_cache(directory: Path, rows: int, dim: int, *, part_rows: int = 10_000,
                 for start in range(0, n, 1000):
                     writer.write(_columns(min(1000, n - start), pool, rng, states))
     return Store.open(directory)
+
+
+def made_job(folder: Path, rows: int, dim: int, *, preset: str, card: Card, **train: Any) -> TrainJob:
+    """A training on such a cache, all of it selected; train: what differs from the card's train section."""
+    store = make_cache(folder / "cache", rows, dim)
+    parts, within = store.part_of(np.arange(rows))
+    pq.write_table(pa.table({"part": parts, "row": within, "keep": np.ones(rows, bool)}), folder / "selection.parquet")
+    return TrainJob(
+        directory=folder / "prior",
+        embeddings=folder / "cache",
+        selection=folder / "selection.parquet",
+        report=folder / "train.png",
+        preset=preset,
+        options=card.train.model_copy(update=train),
+        encoder=card.encoder,
+        fingerprint="bench",
+        validation_rows=500,
+    )
 
 
 def caption_lengths(n: int, rng: np.random.Generator) -> np.ndarray:

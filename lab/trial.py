@@ -25,9 +25,9 @@ from ..pipeline.core.progress import Progress
 from ..pipeline.core.workspace import Workspace
 from ..trainer.distributed import count_gpus
 from ..trainer.evaluate import embedding_metrics
-from ..trainer.loop import work
 from ..trainer.model.prior import load_prior
-from ..trainer.run import Job
+from ..trainer.run import TrainJob
+from ..trainer.stage import work
 from .features import Features, encode_pairs, write_cache, write_selection
 from .score import FRESH, SCENE_SPLIT, SPLITS, category_means, decode_pictures, encode_scenes, judge_pictures
 from .shapes import CATEGORIES, Prompt, Scene, World
@@ -123,7 +123,7 @@ class Trial:
             return folder / "final"
         embeddings = self.cache(shuffled=arm.shuffled)
         write_selection(self.ws.selection, self.setting.pairs)
-        job = Job(
+        job = TrainJob(
             directory=folder,
             embeddings=embeddings,
             selection=self.ws.selection,

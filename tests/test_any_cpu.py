@@ -9,7 +9,7 @@ import torch
 from eclipse.decode.decoder import Unconditional, load_decoder
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.embed.clip import Encoder
-from eclipse.trainer.loop import train
+from eclipse.trainer.stage import train
 from half_products import Products
 from learnable_cache import make_workspace
 from tiny_clip import make_clip

@@ -8,7 +8,7 @@ import eclipse
 import pytest
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
-from eclipse.trainer.loop import train
+from eclipse.trainer.stage import train
 from learnable_cache import make_workspace
 from tiny_workspace import make_workspace as make_rendering_workspace
 

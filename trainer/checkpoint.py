@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified when read, a damaged one never stops a resume. Called by train.py.
+"""Checkpoints: whole or not at all, verified when read, a damaged one never stops a resume. Called by run.py.
 
 A checkpoint is a directory of safetensors files and a state.json that holds their checksums, and its own; there is no
 pickle in it.
@@ -22,7 +22,7 @@ from ..pipeline.core.files import TEMPORARY_PREFIX, atomic_path, sealed, unseale
 from .guard import Guard
 
 STATE = "state.json"
-# What a run saves and cannot go on without: see `Run.save` in setup.py.
+# What a run saves and cannot go on without: see `Run.save` in run.py.
 NEEDED_STATE = {"fingerprint": str, "rows": str, "guard": dict, "best": (dict, type(None))}
 NEEDED_TENSORS = ("prior", "average", "optimizer")
 

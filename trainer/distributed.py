@@ -1,4 +1,4 @@
-"""One process a GPU: where this process stands, and the collective operations training needs. Called by train.py."""
+"""One process a GPU: where this process stands, and the collective operations training needs. Used by stage.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LostProcessError(EclipseError):
 
 
 @dataclass(frozen=True)
-class World:
+class DistEnv:
     """This process among those that train together."""
 
     rank: int
@@ -27,7 +27,7 @@ class World:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and messages."""
         return self.rank == 0
 
@@ -76,7 +76,7 @@ def count_gpus(wanted: int | None) -> int:
 
 
 @contextmanager
-def join(*, on_cpu: bool) -> Iterator[World]:
+def join(*, on_cpu: bool) -> Iterator[DistEnv]:
     """This process's place: alone, or RANK of WORLD_SIZE in a process group for as long as the block runs."""
     rank, size, local = (
         int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -87,12 +87,12 @@ def join(*, on_cpu: bool) -> Iterator[World]:
     if not on_cpu:
         torch.cuda.set_device(device)
     if size == 1:
-        yield World(rank, size, device)
+        yield DistEnv(rank, size, device)
         return
     dist.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
     try:
         dist.barrier()  # what the leading process removed before, is gone for all
-        yield World(rank, size, device)
+        yield DistEnv(rank, size, device)
     except RuntimeError as error:
         # NCCL's errors are of a class of their own, gloo's are not.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():

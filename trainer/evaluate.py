@@ -1,4 +1,4 @@
-"""How good a prior's image embeddings are, measured in embedding space. Called by train.py, stages.py and the lab."""
+"""How good a prior's image embeddings are, measured in embedding space. Called by loop.py, stages.py and the lab."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .data.feeds import StatesFrom
 from .data.live_text import live_text
 from .data.split import split
 from .data.verify import READ
+from .distributed import DistEnv
 from .model.prior import Prior, load_prior, sample
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def embedding_metrics(
     seed: int,
     *,
     states_from: StatesFrom | None = None,
+    world: DistEnv | None = None,
+    half: bool = False,
 ) -> dict[str, float]:
     """Compare the prior's embeddings for the captions of rows (n,) with those of the true images.
 
@@ -48,16 +51,23 @@ def embedding_metrics(
     text embedding, whose cosine_image is similarity_true_image. mean_cosine_image: of the best constant, the mean of
     these very images' unit vectors. chance_recall_1: 1/n. norm_ratio: length of predictions over that of true images. A
     row's noise depends on seed and row alone.
+
+    world: processes that share the rows out, every one of them calling; all get the same figures. half: predict in
+    bfloat16, as training does.
     """
-    device = prior.prd_embedding.device
+    device, world = prior.prd_embedding.device, world or DistEnv(0, 1, prior.prd_embedding.device)
+    # Equal shares, so that they can be gathered: the last ones begin with the first rows again.
+    share = -(-len(rows) // world.size)
+    own = np.resize(rows, share * world.size)[world.rank * share : (world.rank + 1) * share]
     predictions, images, texts = [], [], []
-    for chunk in np.array_split(rows, max(1, -(-len(rows) // CHUNK))):
+    for chunk in np.array_split(own, max(1, -(-len(own) // CHUNK))):
         batch = read_batch(store, chunk, device=device, states_from=states_from)
         seeds = [stream_seed("validation noise", seed, row) for row in chunk]
-        predictions.append(sample(prior, batch.text_embedding, batch.text, seed=seeds))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            predictions.append(sample(prior, batch.text_embedding, batch.text, seed=seeds))
         images.append(batch.image_embedding)
         texts.append(batch.text_embedding)
-    prediction, image, text = (torch.cat(x).float() for x in (predictions, images, texts))
+    prediction, image, text = (world.gather(torch.cat(x).float())[: len(rows)] for x in (predictions, images, texts))
     lengths = prediction.norm(dim=1) / image.norm(dim=1)
     prediction, image, text = (F.normalize(x, dim=1) for x in (prediction, image, text))
     ranks = _ranks(prediction, image)

@@ -1,4 +1,4 @@
-"""Figures of a run as metrics.jsonl and in trackers, and their curves as a picture. Called by train.py."""
+"""Figures of a run as metrics.jsonl and in trackers, and their curves as a picture. Called by loop.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is made of, fresh or resumed: network, average, optimizer, rows. Called by train.py."""
+"""What a training run is made of, fresh or resumed: network, average, optimizer, rows. Called by loop.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..pipeline.cache.store import Store
 from ..pipeline.core import hub
 from ..pipeline.core.card import CARD_NAME, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
 from .checkpoint import load_newest, point_latest, save_checkpoint
-from .data.captions import EmptyCaption
+from .data.empty_caption import empty_caption
 from .data.feeds import StatesFrom
 from .data.live_text import live_text
 from .data.split import split
-from .distributed import World, describe, multiplies_bfloat16
+from .distributed import DistEnv, describe, multiplies_bfloat16
 from .guard import Guard
 from .loss import Objective
 from .model.diffusion import DiffusionObjective, DiffusionPrior
@@ -45,7 +44,7 @@ WORTH_SPLITTING = 2_000_000  # parameters from which a CPU step gains from sever
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What to train, on what, and where to put it. Plain values: processes are started with it.
 
     directory: the workspace's prior/, or any other. report: where the curves go. fingerprint: what a checkpoint must
@@ -71,8 +70,8 @@ class Run:
     states where the cache stores none.
     """
 
-    job: Job
-    world: World
+    job: TrainJob
+    world: DistEnv
     store: Store
     rows: np.ndarray
     validation_rows: np.ndarray
@@ -114,7 +113,7 @@ class Run:
     def resume(self, say: Callable[[str], None]) -> None:
         """Continue from the newest intact checkpoint, if there is one."""
         folder = self.job.directory / "checkpoints"
-        found = load_newest(folder, say if self.world.leads else lambda message: None)
+        found = load_newest(folder, say if self.world.is_main else lambda message: None)
         if found is None:
             return
         state = found.state
@@ -128,14 +127,14 @@ class Run:
         restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
         self.guard = Guard(**state["guard"])
         self.step, self.best = found.step, state["best"]
-        if self.world.leads:  # which a run killed just after it wrote the checkpoint has not done
+        if self.world.is_main:  # which a run killed just after it wrote the checkpoint has not done
             point_latest(folder, self.step)
-        if state["fingerprint"] == self.job.continues and self.world.leads:
+        if state["fingerprint"] == self.job.continues and self.world.is_main:
             options = self.job.options
             rate = learning_rate(
                 self.step,
                 peak=options.learning_rate,
-                warmup=options.warmup,
+                warmup=options.warmup_steps,
                 steps=options.steps,
                 restarts=options.restarts,
             )
@@ -143,7 +142,7 @@ class Run:
             say(f"going on from step {self.step:,} of the finished run; the learning rate is {rate:.2g} again")
 
 
-def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
+def prepare(job: TrainJob, world: DistEnv, say: Callable[[str], None]) -> Run:
     """Open the cache, build everything with the job's seed, resume. The same on every process."""
     store = Store.open(job.embeddings)
     rows, held_back = split(store, job.selection, job.options.validation)
@@ -159,7 +158,7 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
     if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
         torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
     if isinstance(prior, DiffusionPrior):
-        _normalise(prior, store, rows, job)
+        _normalise(prior, store, rows, job, world)
     run = Run(
         job=job,
         world=world,
@@ -175,7 +174,7 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
             learning_rate=job.options.learning_rate,
             weight_decay=job.options.weight_decay,
         ),
-        objective=_objective(prior, job, world),
+        objective=_objective(prior, job, store, world),
         guard=Guard(),
         states_from=states_from,
     )
@@ -185,7 +184,7 @@ def prepare(job: Job, world: World, say: Callable[[str], None]) -> Run:
     return run
 
 
-def prior_config(preset: str, store: Store, arm: str) -> PriorConfig:
+def prior_config(preset: str, store: Store, arm: str, draws: int = 1) -> PriorConfig:
     """The preset for this cache. UsageError where the two do not fit."""
     config, dim = PRESETS[preset], store.embedding_dim
     if store.text_width != dim:
@@ -200,6 +199,8 @@ def prior_config(preset: str, store: Store, arm: str) -> PriorConfig:
             where="prior.preset",
             hint=hint,
         )
+    if arm == "diffusion" and draws > 1:
+        raise UsageError("several draws a caption are for priors of one pass", where="train.draws", hint="set it to 1")
     longest = int(store.token_counts().max())
     if longest > config.num_embeddings:
         what = f"a caption has {longest} tokens; priors take {config.num_embeddings}"
@@ -222,7 +223,7 @@ def init_place(name: str, folder: Path) -> str:
     return name
 
 
-def check_init(job: Job) -> None:
+def check_init(job: TrainJob) -> None:
     """Raise what `start_from` raises, before a run begins."""
     start_from(_network(job, Store.open(job.embeddings)), str(job.options.init))
 
@@ -252,45 +253,32 @@ def start_from(prior: Prior | DiffusionPrior, init: str) -> None:
     prior.load_state_dict(theirs.state_dict())
 
 
-def _network(job: Job, store: Store) -> Prior | DiffusionPrior:
-    config = prior_config(job.preset, store, job.options.arm)
+def _network(job: TrainJob, store: Store) -> Prior | DiffusionPrior:
+    config = prior_config(job.preset, store, job.options.arm, job.options.draws)
     return DiffusionPrior(config) if job.options.arm == "diffusion" else Prior(config)
 
 
-def _objective(prior: Prior | DiffusionPrior, job: Job, world: World) -> Objective | DiffusionObjective:
+def _objective(
+    prior: Prior | DiffusionPrior, job: TrainJob, store: Store, world: DistEnv
+) -> Objective | DiffusionObjective:
     if isinstance(prior, DiffusionPrior):
         return DiffusionObjective(prior)
     options = job.options
     weight = 0.0 if options.arm == "projection" else options.lambda_
-    empty = _empty_caption(job, world.device) if options.caption_dropout else None
+    empty = empty_caption(job.embeddings, job.encoder, store, world) if options.caption_dropout else None
     return Objective(weight, options.temperature, options.projection_reduction, options.caption_dropout, empty)
 
 
-def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: Job) -> None:
+def _normalise(prior: DiffusionPrior, store: Store, rows: np.ndarray, job: TrainJob, world: DistEnv) -> None:
     """Mean and deviation of the training images, and the features of the empty caption."""
     some = np.sort(np.random.default_rng(job.options.seed).permutation(rows)[:STATISTICS_ROWS])
     images = torch.from_numpy(store.image_embeddings(some)).float()
-    nothing = _empty_caption(job, "cpu")
+    nothing = empty_caption(job.embeddings, job.encoder, store, world)
     with torch.no_grad():
         prior.clip_mean.copy_(images.mean(0, keepdim=True))
         prior.clip_std.copy_(images.std(0, keepdim=True).clamp_min(1e-6))
         prior.empty_text_embedding.copy_(nothing.embedding)
         prior.empty_text_states.copy_(nothing.states)
-
-
-def _empty_caption(job: Job, device: torch.device | str) -> EmptyCaption:
-    from ..pipeline.embed.clip import Encoder
-
-    encoder = Encoder.load(job.encoder.model, job.encoder.pretrained)
-    nothing = encoder.encode_text(*encoder.tokenize([""]))
-    return EmptyCaption(nothing.embedding.to(device), nothing.states.to(device))
-
-
-def average_weights(average: nn.Module, prior: nn.Module, *, step: int, decay: float) -> None:
-    """One step of the exponential moving average, its decay growing from 0.1 so that the start is soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    averaged, current = ([p.detach() for p in network.parameters()] for network in (average, prior))
-    get_ema_multi_avg_fn(decay)(averaged, current, step)
 
 
 def _identity(rows: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The learning rate of every step. Called by train.py."""
+"""The learning rate of every step. Called by steps.py."""
 
 from __future__ import annotations
 

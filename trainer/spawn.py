@@ -1,4 +1,4 @@
-"""Starts one process a GPU of this machine and waits for all, as torchrun does on several. Called by train.py."""
+"""Starts one process a GPU of this machine and waits for all, as torchrun does on several. Called by stage.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as flags that the training loop looks at after each step. Called by train.py."""
+"""SIGTERM and Ctrl-C as flags that the training loop looks at after each step. Used by stage.py and loop.py."""
 
 from __future__ import annotations
 

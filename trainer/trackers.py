@@ -1,15 +1,17 @@
 """Where figures go besides metrics.jsonl: TensorBoard events, and Weights & Biases if the card names a project. Used by
-metrics.py and train.py.
+log.py and loop.py.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..pipeline.core.errors import UsageError
+from ..pipeline.core.files import atomic_path
 
 EVERY = 10  # steps between training figures; metrics.jsonl has them all
 
@@ -70,7 +72,19 @@ def open_trackers(directory: Path, from_step: int, project: str | None, config: 
     """The trackers of a run in `directory`; TensorBoard's is left out where a training node lacks the package."""
     trackers: list[Tracker] = []
     if project is not None:
-        trackers.append(WandB(directory, project, str(config["fingerprint"])[:16], config))
+        trackers.append(WandB(directory, project, _identity(directory), config))
     with suppress(ImportError):
         trackers.append(TensorBoard(directory / "tensorboard", from_step))
     return trackers
+
+
+def _identity(directory: Path) -> str:
+    """The W&B run of what is trained in `directory`: a resume goes on in it, a training begun anew gets another.
+
+    Drawn once and kept beside the checkpoints: W&B drops what comes to a known run with smaller steps than it had.
+    """
+    path = directory / "wandb-run-id"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:16])
+    return path.read_text()

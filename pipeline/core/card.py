@@ -48,7 +48,9 @@ BUILT_ON: dict[str, str | None] = {
 STAGES = tuple(BUILT_ON)
 
 # Keys that once had other names, by section. They are still read, with a note; a workspace made before is recognised.
-RENAMED: dict[str, dict[str, str]] = {}
+RENAMED: dict[str, dict[str, str]] = {
+    "train": {"warmup": "warmup_steps", "ema": "ema_decay", "clip_gradient": "grad_clip_norm"},
+}
 
 
 class EncoderSection(Section):
@@ -201,18 +203,21 @@ class TrainSection(Section):
         "adamw", description="muon: orthogonalised updates for the matrices (arXiv 2502.16982), AdamW for the rest"
     )
     learning_rate: float = Field(5e-5, gt=0, description="peak of the schedule")
-    warmup: int = Field(500, ge=0, le=MANY, description="steps of linear warm-up before the cosine")
+    warmup_steps: int = Field(500, ge=0, le=MANY, description="steps of linear warm-up before the cosine")
     restarts: int = Field(0, ge=0, le=MANY, description="warm restarts: the cosine runs restarts + 1 times")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, on matrices only")
     lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
     temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
+    draws: int = Field(
+        1, ge=1, le=24, description="predictions a caption and step, on one reading of the caption; their losses' mean"
+    )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one")
     projection_reduction: Literal["mean", "sum"] = Field(
         "mean", description="squared error over the D dimensions: sum makes lambda's effect D times smaller"
     )
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weights' moving average, which is what is exported")
-    clip_gradient: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast precision on a GPU; a CPU uses fp32")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the exported moving average of the weights")
+    grad_clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="on GPUs from Ampere on; all else uses fp32")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of weights, order and noise")
     validation: float = Field(0.01, gt=0, lt=1, description="fraction of image groups held back for validation")
     validate_every: Annotated[int, NOTHING] = Field(1000, ge=1, le=MANY, description="steps between validations")

@@ -39,8 +39,10 @@ def present(
 ) -> dict[str, Any]:
     """Do the work of a command, print its result (one JSON object, or through `show`), and return it.
 
-    While working, standard output (also that of libraries and children) is sent to standard error.
+    While working, standard output (also that of libraries and children) is sent to standard error. Of the processes
+    that torchrun started, the one of rank 0 speaks for all; a failing one says so wherever it is.
     """
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         with (
             _sigterm_raises(),
@@ -48,9 +50,11 @@ def present(
             _a_line_a_thread(debug),
             _stdout_is_stderr(),
         ):
-            result = work(Progress(quiet=quiet))
+            result = work(Progress(quiet=quiet or not is_main))
     except BaseException as error:
         raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
+    if not is_main:
+        return result
     try:
         if as_json:
             print(_json(plain(result), indent=1))

@@ -20,7 +20,7 @@ ENTRIES = {
     "download": ("pipeline.download.stage", "download"),
     "embed": ("pipeline.embed.stage", "embed"),
     "filter": ("pipeline.filter.stage", "filter_cache"),
-    "train": ("trainer.loop", "train"),
+    "train": ("trainer.stage", "train"),
     "render": ("decode.render", "render"),
     "evaluate": ("trainer.evaluate", "evaluate"),
 }

@@ -46,7 +46,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Encoder:
     """A CLIP of the published kind: any image tower of open_clip, and a causal text tower pooled at the end token."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, precision: str = "fp32", device: str = "cpu") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, precision: str = "fp32", device: str = "cpu", text_only: bool = False
+    ) -> None:
         self._text = _text_tower(model)
         self._visual = model.visual
         tokens = CaptionTokenizer.wrap(tokenizer, len(self._text.positional_embedding))
@@ -70,6 +72,8 @@ class Encoder:
         transform: Any = image_transform_v2(config, is_train=False)
         *self._to_rgb, _, _ = transform.transforms  # all but to-tensor and normalise, which encode_images does
 
+        if text_only:  # most of a CLIP is its image tower: on a device that trains, its room is wanted for other things
+            model.visual = self._visual = nn.Identity()
         dtype = DTYPES[self.precision]
         model.requires_grad_(False).eval().to(self.device, dtype, memory_format=torch.channels_last)
         self._dtype = dtype
@@ -80,11 +84,18 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, model: str, pretrained: str | None = None, *, precision: str = "fp32", device: str = "cpu"
+        cls,
+        model: str,
+        pretrained: str | None = None,
+        *,
+        precision: str = "fp32",
+        device: str = "cpu",
+        text_only: bool = False,
     ) -> Encoder:
         """Load by open_clip's name and tag, `hf-hub:…`, `local-dir:…` ({models} allowed) or a preset's name.
 
         precision: fp32, bf16 or fp16, of a GPU; a CPU computes in float32 whatever is asked, and `precision` says so.
+        text_only: leave the image tower out once the weights are known to be the right ones.
         Raises UsageError for names that open_clip does not know or that come without weights, EclipseError for
         weights that cannot be read or fetched and for towers that are not CLIP's.
         """
@@ -116,7 +127,7 @@ class Encoder:
                 hint="weights are fetched once from their hub; offline, use local-dir:PATH with"
                 " open_clip_config.json and open_clip_model.safetensors",
             ) from error
-        return cls(loaded, tokenizer, precision=precision, device=device)
+        return cls(loaded, tokenizer, precision=precision, device=device, text_only=text_only)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """RGB picture → (H, W, 3) uint8, resized and cropped as the encoder was trained; encode_images normalises."""

@@ -28,7 +28,14 @@ from typer.testing import CliRunner
 
 QUIET = Progress(quiet=True)
 DIALS = Dials(held_out=0.5, pairs=80, seeds=(0, 1), steps=4, prompts=1, fresh=12)
-TRAIN = {"batch_size": 16, "learning_rate": 1e-2, "warmup": 1, "precision": "fp32", "validation": 0.1, "ema": 0.5}
+TRAIN = {
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "precision": "fp32",
+    "validation": 0.1,
+    "ema_decay": 0.5,
+}
 PROJECTION = Arm((("arm", "projection"),))
 
 

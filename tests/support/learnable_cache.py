@@ -25,14 +25,14 @@ def make_workspace(root: Path, *, pictures: int = 120, seed: int = 0, **train: A
         "steps": 12,
         "batch_size": 32,
         "learning_rate": 3e-3,
-        "warmup": 3,
+        "warmup_steps": 3,
         "validation": 0.2,
         "validate_every": 6,
         "checkpoint_every": 4,
         "precision": "fp32",
         "projection_reduction": "sum",
         "temperature": 0.1,
-        "ema": 0.9,
+        "ema_decay": 0.9,
     }
     card = Card.model_validate(
         {

@@ -11,8 +11,8 @@ from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.status import gather
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.trainer.log import read_metrics
-from eclipse.trainer.loop import train
 from eclipse.trainer.model.prior import Prior, PriorConfig, load_prior, save_prior
+from eclipse.trainer.stage import train
 from learnable_cache import make_workspace
 
 QUIET = Progress(quiet=True)

@@ -21,7 +21,7 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.errors import EclipseError, Terminated, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
-from eclipse.trainer import loop as stage
+from eclipse.trainer import loop, stage, steps
 from eclipse.trainer.data import verify
 from eclipse.trainer.data.split import split
 from eclipse.trainer.guard import Guard
@@ -56,15 +56,16 @@ def weights(ws: Workspace) -> dict[str, torch.Tensor]:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
     """Before this step of the next run, call `how`."""
-    real = stage.training_step
+    for kind in (steps.HostSteps, steps.DeviceSteps):
+        real = kind.take
 
-    def training_step(run: Any, *rest: Any) -> Any:
-        if run.step == step:
-            monkeypatch.setattr(stage, "training_step", real)
-            how()
-        return real(run, *rest)
+        def take(self: Any, batch: Any, kind: Any = kind, real: Any = real) -> Any:
+            if self.run.step == step:
+                monkeypatch.setattr(kind, "take", real)
+                how()
+            return real(self, batch)
 
-    monkeypatch.setattr(stage, "training_step", training_step)
+        monkeypatch.setattr(kind, "take", take)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_how_rows_are_held_changes_nothing(
     ws = make_workspace(tmp_path / "ws", resident=True)
     with monkeypatch.context() as patch:
         patch.delattr("eclipse.trainer.data.feeds.StoreFeed.request")  # validation reads through it, and is left out
-        patch.setattr(stage, "validate", lambda run, log: None)
+        patch.setattr(loop, "validate", lambda run, log: None)
         stage.train(ws, QUIET)
     assert losses(ws) == losses(undisturbed)
     blocks = make_workspace(tmp_path / "blocks", block_rows=8)
@@ -143,6 +144,10 @@ def test_wandb_gets_the_figures_where_the_card_names_a_project(tmp_path: Path, m
     (log,) = (ws.prior / "wandb").glob("offline-run-*/*.wandb")
     written = log.read_bytes()
     assert b"validation/cosine_image" in written and b"train/loss" in written
+    name = log.stem
+    stage.train(ws, QUIET, overwrite=True)
+    (log,) = (ws.prior / "wandb").glob("offline-run-*/*.wandb")
+    assert log.stem != name  # the service drops steps that a known run already has
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(
@@ -190,11 +195,60 @@ def test_two_processes_equal_one_with_their_batch(undisturbed: Workspace, tmp_pa
     ws = make_workspace(tmp_path / "ws")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["-m", "eclipse.cli", "train", "-w", str(ws.root), "--gpus", "0", "--quiet"]
+    command += ["-m", "eclipse.cli", "train", "-w", str(ws.root), "--gpus", "0", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 12  # one summary, though two processes ran the command
     np.testing.assert_allclose(losses(ws), losses(undisturbed), rtol=1e-5)
+    ours, theirs = (
+        [line for line in read_metrics(each.prior / "metrics.jsonl") if line["kind"] == "validation"]
+        for each in (ws, undisturbed)
+    )
+    assert len(ours) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(
+            [a[name] for name in a if name != "kind"], [b[name] for name in a if name != "kind"], rtol=1e-4
+        )
     assert ws.stage("train").finished is not None
+
+
+def test_the_pace_is_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.validate
+
+    def slow(run: Any, log: Any) -> None:
+        time.sleep(0.5)
+        real(run, log)
+
+    monkeypatch.setattr(loop, "validate", slow)
+    summary = stage.train(make_workspace(tmp_path / "ws"), QUIET)
+    assert summary["seconds"] > summary["training_seconds"] + 0.9  # two validations
+    assert 0 <= summary["data_wait_share"] < 1 and summary["model_flop_utilisation"] is None
+    tokens = summary["tokens_per_second"] / summary["samples_per_second"]
+    assert 2 < tokens < 77 and summary["tflops_per_second"] > 0
+
+
+def test_former_names_of_keys_are_read_and_what_began_under_them_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = make_workspace(tmp_path / "ws")
+    interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        stage.train(ws, QUIET)
+    text = ws.card_path.read_text()
+    for now, then in (("warmup_steps", "warmup"), ("ema_decay", "ema"), ("grad_clip_norm", "clip_gradient")):
+        assert f"{now}:" in text
+        text = text.replace(f"{now}:", f"{then}:")
+    ws.card_path.write_text(text)
+    assert stage.train(Workspace.open(ws.root), QUIET)["steps"] == 12
+    assert [step for step, _ in losses(ws)] == list(range(1, 13))
+
+
+def test_draws_train_and_are_refused_for_the_diffusion_arm(tmp_path: Path) -> None:
+    summary = stage.train(make_workspace(tmp_path / "ws", draws=3, microbatch=5, steps=4), QUIET)
+    assert summary["steps"] == 4 and summary["skipped_steps"] == 0
+    with pytest.raises(UsageError, match="one pass"):
+        stage.train(make_workspace(tmp_path / "diffusion", draws=2), QUIET, arm="diffusion")
 
 
 def test_a_job_travels_to_other_processes(tmp_path: Path) -> None:
@@ -231,7 +285,7 @@ def test_a_training_that_learns_nothing_exports_nothing(tmp_path: Path, monkeypa
     assert not (ws.prior / "final").exists()
 
 
-def skipping(guard: Guard, step: int, loss: float, gradient_norm: float) -> bool:
+def skipping(guard: Guard, loss: float, gradient_norm: float) -> bool:
     guard.skipped += 1
     return False
 
@@ -252,16 +306,16 @@ def test_sigterm_of_the_command_exits_143(tmp_path: Path) -> None:
 
 
 def test_bad_steps_are_skipped_and_a_diverged_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stage.accumulate_gradient
+    real = steps.HostSteps.accumulate_gradient
     bad = {3, 4}
 
-    def poisoned(run: Any, batch: Any) -> Any:
-        terms = real(run, batch)
-        if run.step in bad:
-            run.prior.prd_embedding.grad.fill_(float("nan"))
+    def poisoned(self: Any, batch: Any) -> Any:
+        terms = real(self, batch)
+        if self.run.step in bad:
+            self.run.prior.prd_embedding.grad.fill_(float("nan"))
         return terms
 
-    monkeypatch.setattr(stage, "accumulate_gradient", poisoned)
+    monkeypatch.setattr(steps.HostSteps, "accumulate_gradient", poisoned)
     ws = make_workspace(tmp_path / "ws")
     summary = stage.train(ws, QUIET)
     assert summary["skipped_steps"] == 2
@@ -299,6 +353,48 @@ def test_an_unfit_preset_is_one_message(tmp_path: Path) -> None:
     ws.__dict__["card"] = card
     with pytest.raises(UsageError, match="768"):
         stage.train(ws, QUIET)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that are captured on a GPU, on this CPU, where they merely run."""
+    for module in (steps, loop):
+        monkeypatch.setattr(module, "on_device", lambda run: True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"resident": True}, {"optimizer": "muon", "arm": "projection", "draws": 2}])
+def test_steps_decided_on_the_device_equal_those_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, settings: dict[str, Any]
+) -> None:
+    whole = make_workspace(tmp_path / "host", **settings)
+    stage.train(whole, QUIET)
+    request.getfixturevalue("as_on_a_gpu")
+    ws = make_workspace(tmp_path / "device", **settings)
+    interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        stage.train(ws, QUIET)
+    assert (ws.prior / "latest").resolve().name == "step-00000006"
+    summary = stage.train(ws, QUIET)
+    assert [step for step, _ in losses(ws)] == list(range(1, 13)) and summary["skipped_steps"] == 0
+    np.testing.assert_allclose(losses(ws), losses(whole), rtol=2e-4)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_resumed_device_steps_are_bitwise_equal_and_a_diverged_run_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ws = make_workspace(tmp_path / "whole"), make_workspace(tmp_path / "ws")
+    stage.train(whole, QUIET)
+    interrupt_at(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        stage.train(ws, QUIET)
+    stage.train(ws, QUIET)
+    assert losses(ws) == losses(whole)
+    assert all(torch.equal(x, weights(ws)[name]) for name, x in weights(whole).items())
+    bad = make_workspace(tmp_path / "bad", steps=60, learning_rate=1e20)
+    with pytest.raises(EclipseError, match="training diverged"):
+        stage.train(bad, QUIET)
+    assert not (bad.prior / "final").exists()
 
 
 @pytest.mark.cuda

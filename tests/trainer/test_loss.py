@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from eclipse.pipeline.core.errors import EclipseError
 from eclipse.trainer.data.captions import EmptyCaption
 from eclipse.trainer.guard import MOST_IN_A_ROW, Guard
@@ -26,6 +27,22 @@ def test_contrastive_loss_is_infonce_with_cosines() -> None:
     logits = torch.tensor([0.0, 1.0, 1 / math.sqrt(2)]) / 0.5
     expected = -torch.log_softmax(logits, 0)[1]
     torch.testing.assert_close(contrastive_loss(prediction, texts, 1, 0.5), expected)
+
+
+@pytest.mark.parametrize("block_rows", [3, 5, 64])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_contrastive_loss_in_blocks_is_exact(block_rows: int, dropped: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, texts = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (11, 20))
+    prediction.requires_grad_()
+    kept = torch.arange(11) % 3 > 0 if dropped else None
+    logits = F.normalize(prediction, dim=1) @ F.normalize(texts, dim=1).T / 0.05
+    each = F.cross_entropy(logits, torch.arange(4, 15), reduction="none")
+    expected = (each if kept is None else each * kept).mean()
+    found = contrastive_loss(prediction, texts, 4, 0.05, kept, block_rows=block_rows)
+    torch.testing.assert_close(found, expected)
+    (wanted,), (gradient,) = (torch.autograd.grad(3 * loss, prediction) for loss in (expected, found))
+    torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("weight", "dropout"), [(0.0, 0.0), (0.2, 0.0), (0.2, 0.5)])
@@ -82,10 +99,13 @@ def test_learning_rate_warms_up_falls_and_restarts() -> None:
 
 def test_guard_skips_spikes_and_gives_up_after_many() -> None:
     guard = Guard()
-    assert all(guard.accepts(step, 1.0, 1.0) for step in range(100))
-    assert not guard.accepts(100, 10.0, 1.0)
-    assert not guard.accepts(101, 1.0, float("nan"))
-    assert guard.accepts(102, 1.1, 1.0) and guard.skipped == 2
+    assert all(guard.accepts(1.0, 1.0) for _ in range(100))
+    assert not guard.accepts(10.0, 1.0)
+    assert not guard.accepts(1.0, float("nan"))
+    assert guard.accepts(1.1, 1.0) and guard.skipped == 2
+    for step in range(MOST_IN_A_ROW - 1):
+        guard.accepts(float("inf"), 1.0)
+        guard.check(step, float("inf"), 1.0)
+    guard.accepts(float("inf"), 1.0)
     with pytest.raises(EclipseError, match="diverged"):
-        for step in range(MOST_IN_A_ROW):
-            guard.accepts(step, float("inf"), 1.0)
+        guard.check(MOST_IN_A_ROW, float("inf"), 1.0)

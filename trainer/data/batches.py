@@ -1,4 +1,4 @@
-"""An endless, seeded, exactly resumable stream of packed batches from the cache. Called by train.py and the lab."""
+"""An endless, seeded, exactly resumable stream of packed batches from the cache. Called by loop.py and the lab."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ...pipeline.cache.store import Store
 from ...pipeline.core.errors import EclipseError, UsageError
+from ..model.bins import SizeClasses
 from .feeds import Batch, ResidentFeed, StatesFrom, StoreFeed
 from .order import Order
 
@@ -34,6 +35,8 @@ class Batches:
     everything is float16 until then. Threads gather up to `prefetch` batches ahead, into pinned memory on CUDA.
 
     states_from: rows (B,) → PackedText, where the cache has no token states (see live_text.py); used even if it has.
+    bins_for: (special tokens after a caption, text positions, draws a caption) of the network, where batches shall
+    come laid out in bins (model/bins.py), in few shapes and float16: for a captured step.
     resident: hold the selected cache on the device. block_rows: > 1 for the block shuffle; its price is in order.py.
 
     position: samples of all ranks handed out so far. wait_seconds: time spent in waiting for batches, conversion
@@ -57,6 +60,7 @@ class Batches:
         block_rows: int = 1,
         threads: int = 2,
         prefetch: int = 4,
+        bins_for: tuple[int, int, int] | None = None,
     ) -> None:
         self.rows = np.unique(np.asarray(rows, dtype=np.int64))
         self.batch_size = batch_size
@@ -67,11 +71,17 @@ class Batches:
         self._order = Order(len(self.rows), seed, block_rows)
         self._requested = position
         self._window_end = position if block_rows > 1 else None
-        device = torch.device(device)
+        device, classes = torch.device(device), None
+        if bins_for is not None:
+            counts, share = store.token_counts(self.rows), batch_size // world_size
+            specials, positions, draws = bins_for
+            classes = SizeClasses.of(counts, share, specials=specials, text_positions=positions, draws=draws)
         if resident:
-            self._feed = ResidentFeed(store, self.rows, device, dtype)
+            self._feed = ResidentFeed(store, self.rows, device, dtype, classes)
         else:
-            self._feed = StoreFeed(store, device, dtype, threads=threads, depth=prefetch, states_from=states_from)
+            self._feed = StoreFeed(
+                store, device, dtype, threads=threads, depth=prefetch, states_from=states_from, classes=classes
+            )
 
     @property
     def epoch(self) -> float:

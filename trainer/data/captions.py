@@ -1,4 +1,4 @@
-"""The empty caption in place of some of a batch's own: caption dropout. Called by objective.py and diffusion.py."""
+"""The empty caption in place of some of a batch's own: caption dropout. Called by loss.py and diffusion.py."""
 
 from __future__ import annotations
 

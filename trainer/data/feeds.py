@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...pipeline.cache.store import Store
 from ...pipeline.core.errors import EclipseError
+from ..model.bins import Bins, SizeClasses
 from ..model.transformer import PackedText
 
 StatesFrom = Callable[[np.ndarray], PackedText]
@@ -29,7 +30,8 @@ class Batch:
     """B samples on the device.
 
     image_embedding, text_embedding: (B, D) float32, raw CLIP outputs. text: the B captions, packed.
-    rows: (B,) int64 rows of the store, on the CPU.
+    rows: (B,) int64 rows of the store, on the CPU. Where a feed was asked for bins, text.bins is set, and embeddings
+    and states are float16 as the cache has them: whoever copies them into place converts them in the same pass.
     """
 
     image_embedding: Tensor
@@ -104,8 +106,8 @@ class StoreFeed:
     """Batches gathered from the store by threads, in the order of the requests.
 
     On CUDA the copies run on a stream of their own, ahead of the computation; on a CPU the threads convert as well.
-    dtype: of the token states.
-    states_from: makes the captions of the given rows where no states are stored, in the caller's thread.
+    dtype: of the token states. states_from: makes the captions of the given rows where no states are stored, in these
+    threads too. classes: lay captions out in bins, of these size classes.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class StoreFeed:
         threads: int,
         depth: int,
         states_from: StatesFrom | None,
+        classes: SizeClasses | None = None,
     ) -> None:
         self._store, self._device, self._dtype, self._states_from = store, device, dtype, states_from
+        self._classes = classes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
         self._cold = COLD_BATCHES  # batches yet to be asked for ahead, because the last ones had to wait for the disk
         self._free = deque(Buffers(store, device) for _ in range(depth))
@@ -151,9 +155,10 @@ class StoreFeed:
             raise EclipseError(f"reading a batch failed: {error}", where=where, hint="run `eclipse doctor`") from error
         if event is not None:
             self._receive(event, image, text, packed)
-        batch = self._finish(rows, image, text, packed)
+        if self._classes is None:
+            image, text, packed = image.float(), text.float(), PackedText(packed.states.to(self._dtype), packed.offsets)
         self._free.append(buffers)
-        return batch
+        return Batch(image, text, packed, rows)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -166,37 +171,44 @@ class StoreFeed:
         image, text, packed = buffers.fill(rows, states=self._states_from is None)
         # A batch asked for ahead waits no more, so one wait stands for several batches.
         self._cold = COLD_BATCHES if _disk_waits() > waits else self._cold - 1
+        bins = None if self._classes is None or packed is None else self._classes.lay_out(packed.n_tokens.numpy())
         if self._stream is None:
-            return *self._convert(image, text, packed), None
+            if packed is None:
+                packed = self._live(rows)
+            elif bins is not None:
+                packed = PackedText(packed.states.clone(), packed.offsets.clone(), bins)
+            else:
+                packed = PackedText(self._delivered.copy("states", packed.states, self._dtype), packed.offsets.clone())
+            dtype = torch.float32 if self._classes is None else torch.float16
+            return *(self._delivered.copy(*x, dtype) for x in (("image", image), ("text", text))), packed, None
         with torch.cuda.stream(self._stream):
             image, text = (x.to(self._device, non_blocking=True) for x in (image, text))
-            packed = None if packed is None else packed.to(self._device, non_blocking=True)
+            if packed is None:
+                packed = self._live(rows)
+            else:
+                bins = None if bins is None else bins.pinned()
+                packed = PackedText(packed.states, packed.offsets, bins).to(self._device, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._stream)
         buffers.sent(event)
         return image, text, packed, event
 
-    def _convert(self, image: Tensor, text: Tensor, packed: PackedText | None) -> tuple:
-        copy = self._delivered.copy
-        image, text = copy("image", image, torch.float32), copy("text", text, torch.float32)
-        if packed is not None:
-            packed = PackedText(copy("states", packed.states, self._dtype), packed.offsets.clone())
-        return image, text, packed
+    def _live(self, rows: np.ndarray) -> PackedText:
+        """The captions of rows, made now, on the device."""
+        assert self._states_from is not None
+        made = self._states_from(rows)
+        bins = None
+        if self._classes is not None:
+            bins = self._classes.lay_out(made.n_tokens.cpu().numpy()).to(self._device)
+        dtype = self._dtype if bins is None else torch.float16
+        return PackedText(made.states.to(self._device, dtype), made.offsets.to(self._device), bins)
 
-    def _receive(self, event: torch.cuda.Event, image: Tensor, text: Tensor, packed: PackedText | None) -> None:
+    def _receive(self, event: torch.cuda.Event, image: Tensor, text: Tensor, packed: PackedText) -> None:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
-        for tensor in (image, text, *(() if packed is None else (packed.states, packed.offsets))):
+        laid_out = [] if packed.bins is None else packed.bins.tensors()
+        for tensor in (image, text, packed.states, packed.offsets, *laid_out):
             tensor.record_stream(current)  # allocated on the copying stream, used on this one
-
-    def _finish(self, rows: np.ndarray, image: Tensor, text: Tensor, packed: PackedText | None) -> Batch:
-        if packed is None:
-            assert self._states_from is not None
-            packed = self._states_from(rows)
-            packed = PackedText(packed.states.to(self._device, self._dtype), packed.offsets.to(self._device))
-        else:
-            packed = PackedText(packed.states.to(self._dtype), packed.offsets)
-        return Batch(image.float(), text.float(), packed, rows)
 
 
 class ResidentFeed:
@@ -205,8 +217,15 @@ class ResidentFeed:
     Raises EclipseError if it does not fit in the free memory of a CUDA device, with the sizes.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
-        self._rows, self._device, self._dtype = rows, device, dtype
+    def __init__(
+        self,
+        store: Store,
+        rows: np.ndarray,
+        device: torch.device,
+        dtype: torch.dtype,
+        classes: SizeClasses | None = None,
+    ) -> None:
+        self._rows, self._device, self._dtype, self._classes = rows, device, dtype, classes
         counts = store.token_counts(rows).astype(np.int64)
         self._bounds = np.concatenate([[0], np.cumsum(counts)])
         shapes = ((len(rows), store.embedding_dim),) * 2 + ((int(self._bounds[-1]), store.text_width),)
@@ -236,19 +255,27 @@ class ResidentFeed:
         starts = self._bounds[index]
         counts = self._bounds[index + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        at, shift, n, bounds = self._send(index, starts - offsets[:-1], counts, offsets)
+        bins = None if self._classes is None else self._classes.lay_out(counts)
+        laid_out = [] if bins is None else [x.numpy() for x in bins.tensors()]
+        at, shift, n, bounds, *sent = self._send(index, starts - offsets[:-1], counts, offsets, *laid_out)
         total = int(offsets[-1])
         token = torch.repeat_interleave(shift, n, output_size=total) + torch.arange(total, device=self._device)
-        packed = PackedText(self._states.index_select(0, token).to(self._dtype), bounds)
-        return Batch(self._image.index_select(0, at).float(), self._text.index_select(0, at).float(), packed, rows)
+        image, text, states = (
+            x.index_select(0, where) for x, where in ((self._image, at), (self._text, at), (self._states, token))
+        )
+        if bins is not None:
+            return Batch(image, text, PackedText(states, bounds, Bins(*sent, texts=bins.texts)), rows)
+        return Batch(image.float(), text.float(), PackedText(states.to(self._dtype), bounds), rows)
 
     def close(self) -> None:
         """Nothing to stop."""
 
     def _send(self, *arrays: np.ndarray) -> list[Tensor]:
-        """int64 arrays to the device in one copy."""
-        sent = torch.from_numpy(np.concatenate(arrays)).to(self._device)
-        return list(sent.split([len(array) for array in arrays]))
+        """Whole numbers to the device in one copy that nobody waits for, as int64."""
+        together = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="safe"))
+        if self._device.type == "cuda":
+            together = together.pin_memory()
+        return list(together.to(self._device, non_blocking=True).split([len(array) for array in arrays]))
 
 
 def _disk_waits() -> int:

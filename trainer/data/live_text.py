@@ -1,4 +1,4 @@
-"""Token states made while training, for caches that store none (`--no-text-states`). Called by train.py and
+"""Token states made while training, for caches that store none (`--no-text-states`). Called by run.py and
 evaluate.py; batches.py takes it as `states_from`.
 
 Disk against time: a caption of n tokens takes 2·n·W bytes in the cache (33 KB for COCO's 13 tokens at W = 1280), or
@@ -63,5 +63,5 @@ def live_text(store: Store, section: EncoderSection, device: torch.device) -> St
         return None
     from ...pipeline.embed.clip import Encoder
 
-    encoder = Encoder.load(section.model, section.pretrained, precision=section.precision, device=str(device))
-    return LiveText(store, encoder)
+    names, where = (section.model, section.pretrained), str(device)
+    return LiveText(store, Encoder.load(*names, precision=section.precision, device=where, text_only=True))

@@ -1,4 +1,4 @@
-"""Which selected rows train a prior, and which are held back to judge it. Called by setup.py, evaluate.py, the lab."""
+"""Which selected rows train a prior, and which are held back to judge it. Called by run.py, evaluate.py, the lab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The diffusion baseline of the same size: what ECLIPSE is compared with. Called by train.py and prior.py.
+"""The diffusion baseline of the same size: what ECLIPSE is compared with. Called by run.py and prior.py.
 
 Tensor names, token order and time embedding are those of diffusers' PriorTransformer, which can load these weights. The
 unconditional branch's caption, the empty one, is kept in the same file.

@@ -1,6 +1,6 @@
 """The ECLIPSE prior: text features and noise in, CLIP image embedding out; reads and writes the published format.
 
-Called by train.py, evaluate.py, decode/render.py and the lab.
+Called by steps.py, evaluate.py, decode/render.py and the lab.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ class Prior(PriorTransformer):
     specials = 3
 
     def forward(self, noise: Tensor, text_embedding: Tensor, text: PackedText) -> Tensor:
-        """noise (B, D) ~ N(0, I), text_embedding (B, D), text of B captions → raw CLIP image embedding (B, D)."""
+        """noise (B, D) ~ N(0, I), text_embedding (B, D), text of B captions → raw CLIP image embedding (B, D).
+
+        noise (B, K, D): K draws a caption, for little more than one → (B, K, D). In bins: with as many as they are for.
+        """
         noise, text_embedding = (like(x, self.prd_embedding) for x in (noise, text_embedding))
-        prd = self.prd_embedding[0].expand(len(noise), -1)
-        return self.run([self.embedding_proj(text_embedding), self.proj_in(noise), prd], text)
+        prd = self.prd_embedding[0].expand(*noise.shape[:-1], -1)
+        return self.run([self.embedding_proj(text_embedding), self.proj_in(noise), prd], text).view(noise.shape)
 
     def generate(self, noise: Tensor, text_embedding: Tensor, text: PackedText) -> Tensor:
         """One pass; the method `sample` calls on either kind of prior."""
@@ -51,22 +54,39 @@ class Prior(PriorTransformer):
 
 @torch.no_grad()
 def sample(
-    prior: Prior | DiffusionPrior, text_embedding: Tensor, text: PackedText, *, seed: int | Sequence[int]
+    prior: Prior | DiffusionPrior,
+    text_embedding: Tensor,
+    text: PackedText,
+    *,
+    seed: int | Sequence[int],
+    draws: int | None = None,
 ) -> Tensor:
     """Image embeddings (B, D) float32 for B captions, from seeded noise ~ N(0, I).
 
     An int seeds the batch as a whole. With one seed a caption, a caption's noise does not depend on its neighbours.
     Noise is drawn on the CPU, so that every device sees the same.
+
+    draws: several a caption → (B, draws, D), the first of them the one that is made without this. A one-pass prior
+    makes them on one reading of the caption; of the diffusion baseline each is a sampling of its own.
     """
-    shape = text_embedding.shape
+    count, dim = text_embedding.shape
     if isinstance(seed, int):
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.stack([torch.randn(count, dim, generator=generator) for _ in range(draws or 1)], dim=1)
     else:
-        if len(seed) != len(text_embedding):
-            raise ValueError(f"{len(seed)} seeds for {len(text_embedding)} captions")
-        noise = torch.stack([torch.randn(shape[1], generator=torch.Generator().manual_seed(int(s))) for s in seed])
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} captions")
+        generators = [torch.Generator().manual_seed(int(each)) for each in seed]
+        # One by one: the first of several numbers drawn at once are not those that fewer would be.
+        each_draw = [torch.stack([torch.randn(dim, generator=g) for g in generators]) for _ in range(draws or 1)]
+        noise = torch.stack(each_draw, dim=1)
     device = prior.prd_embedding.device
-    return prior.generate(noise.to(device), text_embedding.to(device), text.to(device)).float()
+    noise, text_embedding, text = noise.to(device), text_embedding.to(device), text.to(device)
+    if draws is None:
+        return prior.generate(noise[:, 0], text_embedding, text).float()
+    if isinstance(prior, Prior):
+        return prior.generate(noise, text_embedding, text).float()
+    return torch.stack([prior.generate(each, text_embedding, text) for each in noise.unbind(1)], dim=1).float()
 
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...pipeline.cache.packed_text import PackedText
-from .attention import Layout, attend, attend_last
+from .attention import PER_DRAW, Layout, attend, attend_last
 from .bins import Bins, Positions, Rows, bin_attention
 
 __all__ = ["PackedText", "PriorConfig", "PriorTransformer", "like"]
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         """Attention before the output layer: (T, width) in bins → (T, width). q, k and v come of one product."""
         layers = cast(list[nn.Linear], [self.to_q, self.to_k, self.to_v])
         weight, bias = torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers])
-        return bin_attention(F.linear(x, weight, bias), bins.caption, self.heads)
+        return bin_attention(F.linear(x, weight, bias), bins.caption, bins.draw, self.heads)
 
 
 class Projection(nn.Module):
@@ -138,30 +138,41 @@ class PriorTransformer(nn.Module):
         self.clip_std = nn.Parameter(torch.ones(1, dim), requires_grad=False)
 
     def run(self, specials: Sequence[Tensor], text: PackedText) -> Tensor:
-        """specials: the embedded special tokens in their order, (B, width) each → (B, D)."""
+        """specials: the embedded special tokens in their order, (B, width) each → (B, D).
+
+        The last PER_DRAW of them may be (B, K, width): K draws that share the text, which sees none of them. Each costs
+        two tokens in place of a whole caption, and gives what a pass of its own would → (B·K, D), a caption's together.
+        """
+        draws = specials[-1].shape[1] if specials[-1].dim() == 3 else 1
+        own = torch.stack(tuple(specials[-PER_DRAW:]), dim=-2)
+        own = own.reshape(len(own), draws * PER_DRAW, -1)
+        appended = torch.cat([*(x[:, None] for x in specials[:-PER_DRAW]), own], dim=1).flatten(0, 1)
         if text.bins is not None:
-            return self._run_binned(specials, text.states, text.bins)
+            return self._run_binned(appended, text.states, text.bins)
         count = len(text)
         layout = Layout.of(
             text.offsets,
             len(text.states),
             specials=len(specials),
             text_positions=self.config.num_embeddings,
+            draws=draws,
         )
         tokens = self.encoder_hidden_states_proj(like(text.states, self.prd_embedding))
-        tokens = torch.cat([tokens, torch.stack(tuple(specials), dim=1).flatten(0, 1)])
+        tokens = torch.cat([tokens, appended])
         # embedding() rather than indexing: its backward is the quick one on a CPU, and deterministic everywhere.
         x = F.embedding(layout.source, tokens) + F.embedding(layout.positions, self.positional_embedding[0])
         for block in self.transformer_blocks[:-1]:
             x = block(x, layout)
         x = cast(Block, self.transformer_blocks[-1]).last(x, layout)
         x = self.proj_to_clip_embeddings(self.norm_out(x))
-        return F.embedding(layout.order.argsort(), x) if count > 1 else x
+        if count > 1:
+            x = F.embedding(layout.order.argsort(), x.view(count, -1)).view(x.shape)
+        return x
 
-    def _run_binned(self, specials: Sequence[Tensor], states: Tensor, bins: Bins) -> Tensor:
+    def _run_binned(self, appended: Tensor, states: Tensor, bins: Bins) -> Tensor:
         """The same on bins: shapes depend on the batch's size alone, nothing waits for the device."""
         tokens = self.encoder_hidden_states_proj(like(states, self.prd_embedding))
-        tokens = torch.cat([tokens, torch.stack(tuple(specials), dim=1).flatten(0, 1)])
+        tokens = torch.cat([tokens, appended])
         x = Rows.apply(tokens, bins.source, bins.place)
         x = x + Positions.apply(self.positional_embedding[0], bins.positions)
         *blocks, last = cast(list[Block], list(self.transformer_blocks))

@@ -44,6 +44,31 @@ def assert_holds(batch: Batch, truth: Rows) -> None:
     assert (batch.text.states.float().numpy() == np.concatenate(expected)).all()
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_batches_in_bins_hold_the_same_as_stored_and_come_in_few_shapes(
+    cache: tuple[Store, Rows], resident: bool
+) -> None:
+    store, truth = cache
+    shapes = set()
+    with Batches(store, SELECTED, STEP, seed=7, resident=resident, bins_for=(3, 77, 1)) as batches:
+        for batch in itertools.islice(batches, 12):
+            states, bins = batch.text.states, batch.text.bins
+            assert states.dtype == batch.image_embedding.dtype == torch.float16
+            assert (states.numpy() == np.concatenate(states_of(truth, batch.rows))).all()
+            lengths = truth["n_tokens"][batch.rows]
+            # What a caption owns in its bin: its tokens in order, then its special ones.
+            order = torch.argsort(torch.where(bins.caption < 0, STEP, bins.caption), stable=True)[
+                : lengths.sum() + 3 * STEP
+            ]
+            owned = bins.source[order].split((lengths + 3).tolist())
+            first = np.cumsum(lengths) - lengths
+            for k, rows in enumerate(owned):
+                text = list(range(first[k], first[k] + lengths[k]))
+                assert rows.tolist() == text + [bins.texts + 3 * k + j for j in range(3)]
+            shapes.add((bins.texts, len(bins.source)))
+    assert len(shapes) == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"resident": True}, {"block_rows": 16}, {"threads": 1, "prefetch": 1}])
 def test_batches_hold_the_features_of_their_rows(cache: tuple[Store, Rows], options: dict) -> None:
     store, truth = cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from eclipse.pipeline.cache.packed_text import PackedText
 from eclipse.pipeline.cache.store import PartMeta, PartWriter, Store, part_name
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import EclipseError
@@ -16,7 +18,7 @@ from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.embed.clip import Encoder
 from eclipse.trainer.data import live_text
-from eclipse.trainer.loop import train
+from eclipse.trainer.stage import train
 from random_cache import random_rows
 from tiny_clip import make_clip
 
@@ -66,7 +68,18 @@ def test_another_encoder_is_refused(clip: str, tmp_path: Path) -> None:
     assert part_name(0) in str(error.value)
 
 
-def test_training_from_live_states_equals_training_from_stored_ones(clip: str, tmp_path: Path) -> None:
+def test_training_from_live_states_equals_training_from_stored_ones(
+    clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    real = live_text.LiveText.__call__
+
+    def noted(self: live_text.LiveText, rows: np.ndarray) -> PackedText:
+        pictures = any(True for _ in self._encoder._visual.parameters())
+        seen.append((threading.current_thread().name, pictures))
+        return real(self, rows)
+
+    monkeypatch.setattr(live_text.LiveText, "__call__", noted)
     summaries = {}
     for name in ("stored", "bare"):
         card = Card.model_validate(
@@ -83,6 +96,8 @@ def test_training_from_live_states_equals_training_from_stored_ones(clip: str, t
         embed(ws.embeddings, Encoder.load(clip), states=name == "stored")
         pq.write_table(pa.table({"part": [0] * ROWS, "row": range(ROWS), "keep": [True] * ROWS}), ws.selection)
         summaries[name] = train(ws, Progress(quiet=True))
+    # In the feed's threads, never in the one that trains; and without an image tower.
+    assert seen and all(name.startswith("batches") and not pictures for name, pictures in seen)
     stored, bare = (summaries[name]["validation"] for name in ("stored", "bare"))
     assert stored.keys() == bare.keys()
     for key in ("cosine_image", "similarity_own", "norm_ratio"):

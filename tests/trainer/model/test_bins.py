@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from eclipse.trainer.model.bins import BIN, Bins, allowed_in_bins, bin_attention, first_fit
+from eclipse.trainer.model.bins import BIN, Bins, SizeClasses, allowed_in_bins, bin_attention, first_fit
 from eclipse.trainer.model.prior import Prior, PriorConfig
 from eclipse.trainer.model.transformer import PackedText
 from packed_captions import captions
@@ -29,6 +29,16 @@ def test_first_fit_puts_every_sequence_into_one_bin_and_none_over_another(seed: 
         first_fit(np.array([129]))
 
 
+def test_a_batch_that_is_too_long_comes_in_a_larger_class() -> None:
+    counts = np.random.default_rng(0).integers(5, 20, 5000)
+    classes = SizeClasses.of(counts, 64, specials=3, text_positions=77)
+    usual, long = classes.lay_out(counts[:64]), classes.lay_out(np.full(64, 77))
+    assert len(usual.source) <= 1.25 * (counts[:64].sum() + 3 * 64) + 5 * BIN
+    assert long.texts >= 64 * 77 > usual.texts and len(long.source) > len(usual.source)
+    again = classes.lay_out(counts[64:128])
+    assert (again.texts, len(again.source)) == (usual.texts, len(usual.source))
+
+
 def test_bins_equal_packed_captions_gradients_included() -> None:
     torch.manual_seed(0)
     packed_prior = Prior(CONFIG)
@@ -48,7 +58,9 @@ def test_bins_equal_packed_captions_gradients_included() -> None:
 def test_gradient_of_attention_is_that_of_autograd() -> None:
     bins = Bins.of(np.array(LENGTHS), specials=3, text_positions=77)
     qkv = torch.randn(len(bins.source), 3 * 32, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: bin_attention(x, bins.caption, 2), qkv, atol=1e-6, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x: bin_attention(x, bins.caption, bins.draw, 2), qkv, atol=1e-6, fast_mode=True
+    )
 
 
 @pytest.mark.cuda
@@ -61,11 +73,11 @@ def test_the_kernel_equals_a_dense_product(dtype: torch.dtype, head_dim: int) ->
     qkv = torch.randn(len(bins.source), 3 * heads * head_dim, device="cuda", generator=generator).to(dtype)
     gradient = torch.randn(len(qkv), heads * head_dim, device="cuda", generator=generator).to(dtype)
     found = qkv.clone().requires_grad_()
-    out = bin_attention(found, bins.caption, heads)
+    out = bin_attention(found, bins.caption, bins.draw, heads)
     out.backward(gradient)
     exact = qkv.double().requires_grad_()
     q, k, v = exact.view(-1, BIN, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-    score = (q @ k.mT / head_dim**0.5).masked_fill(~allowed_in_bins(bins.caption), -torch.inf)
+    score = (q @ k.mT / head_dim**0.5).masked_fill(~allowed_in_bins(bins.caption, bins.draw), -torch.inf)
     expected = (score.softmax(-1) @ v).transpose(1, 2).reshape(out.shape)
     expected.backward(gradient.double())
     for a, b in ((out, expected), (found.grad, exact.grad)):

@@ -11,10 +11,10 @@ from diffusers.models.transformers.prior_transformer import PriorTransformer
 from eclipse.bench.padded import pad
 from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.progress import Progress
-from eclipse.trainer.loop import train
 from eclipse.trainer.loss import Draw
 from eclipse.trainer.model.diffusion import DiffusionObjective, DiffusionPrior
 from eclipse.trainer.model.prior import PriorConfig, load_prior, sample, save_prior
+from eclipse.trainer.stage import train
 from learnable_cache import DIM, make_workspace
 from packed_captions import captions
 
@@ -78,10 +78,14 @@ def test_the_arm_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert texts == [""]
             return TextFeatures(torch.zeros(2, DIM), torch.tensor([0, 2]), embedding=torch.zeros(1, DIM))
 
-    monkeypatch.setattr("eclipse.pipeline.embed.clip.Encoder.load", lambda *names: Encoder())
+    loaded: list[dict[str, Any]] = []
+    load = "eclipse.pipeline.embed.clip.Encoder.load"
+    monkeypatch.setattr(load, lambda *names, **options: loaded.append(options) or Encoder())
     ws = make_workspace(tmp_path / "ws", steps=30, validate_every=30)
     summary = train(ws, Progress(quiet=True), arm="diffusion")
     assert summary["arm"] == "diffusion"
     prior = load_prior(ws.prior / "final")
     assert isinstance(prior, DiffusionPrior)
     assert prior.clip_std.ne(1).all()
+    summary = train(ws, Progress(quiet=True), arm="diffusion", overwrite=True, steps=2)
+    assert summary["steps"] == 2 and loaded == [{"text_only": True}]  # what it made the first time is kept

@@ -1,0 +1,102 @@
+"""How fast training goes: samples, tokens and FLOPs a second, and the share of it spent waiting. Used by loop.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .data.feeds import Batch
+from .distributed import DistEnv
+from .model.transformer import PriorConfig
+
+EVERY_S = 2.0  # between two remarks beside the progress bar
+# Dense bfloat16 products a second by the makers' data sheets, by what the card's name contains: the first that fits.
+PEAKS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def flops_a_sample(config: PriorConfig, tokens: float) -> float:
+    """FLOPs of forward and backward for a caption of `tokens` text tokens: no padding, causal attention halved."""
+    width, dim, length = config.width, config.embedding_dim, tokens + config.additional_embeddings
+    block = length * (24 * width**2 + 2 * length * width)
+    last = length * 6 * width**2 + 18 * width**2 + 4 * length * width
+    features = (tokens + 2) * 2 * dim * width  # no gradient of these inputs is wanted
+    return 3 * ((config.num_layers - 1) * block + last + 2 * width * dim) + 2 * features
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What model-FLOP utilisation is a share of; None for a CPU and for cards that are not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+class Pace:
+    """Counts from the first batch on, and not while the loop is away to validate, verify or save.
+
+    Rates are those of all processes together, by this process's share; utilisation is a device's own.
+    """
+
+    def __init__(self, config: PriorConfig, world: DistEnv) -> None:
+        self._config, self._world, self._peak = config, world, peak_flops(world.device)
+        self._began = self._said = time.monotonic()
+        self._first: tuple[float, float] | None = None  # when the first step was under way, and what it had waited
+        self._waited = self._away = 0.0
+        self._samples = self._tokens = 0
+
+    def took(self, batch: Batch, wait_seconds: float) -> None:
+        """A step on this batch is under way; wait_seconds: what was spent in waiting for batches so far."""
+        if self._first is None:
+            self._first = time.monotonic(), wait_seconds
+            return
+        self._waited = wait_seconds - self._first[1]
+        self._samples += len(batch.rows)
+        self._tokens += len(batch.text.states)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Around what is no training."""
+        began = time.monotonic()
+        yield
+        if self._first is not None:
+            self._away += time.monotonic() - began
+
+    def is_news(self) -> bool:
+        """Whether something was said long enough ago."""
+        if time.monotonic() - self._said < EVERY_S:
+            return False
+        self._said = time.monotonic()
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """seconds: of everything; the other figures are of training alone."""
+        now = time.monotonic()
+        training = now - self._first[0] - self._away if self._first else 0.0
+        rates: dict[str, Any] = dict.fromkeys(("samples_per_second", "tokens_per_second", "tflops_per_second"), 0.0)
+        if self._samples:
+            size, tokens = self._world.size, self._tokens / self._samples
+            flops = flops_a_sample(self._config, tokens) * self._samples * size / training
+            rates = {
+                "samples_per_second": round(self._samples * size / training, 1),
+                "tokens_per_second": round(self._tokens * size / training, 1),
+                "tflops_per_second": round(flops / 1e12, 4),
+            }
+        utilisation = rates["tflops_per_second"] * 1e12 / self._world.size / self._peak if self._peak else None
+        return {
+            "seconds": round(now - self._began, 2),
+            "training_seconds": round(training, 2),
+            **rates,
+            "model_flop_utilisation": None if utilisation is None else round(utilisation, 4),
+            "data_wait_share": round(self._waited / training, 4) if training else 0.0,
+        }
+
+    def __str__(self) -> str:
+        now = self.summary()
+        used = now["model_flop_utilisation"]
+        share = f"{now['tflops_per_second']:.3g} TFLOP/s" if used is None else f"MFU {used:.0%}"
+        return f"{now['tokens_per_second']:,.0f} tokens/s, {share}"
