@@ -88,9 +88,17 @@ def show_ten_steps(report: Report, smoke: bool) -> None:
             )
             losses = []
             for (noise, pooled, text, image), n in zip(data, lengths, strict=True):
-                given = [x.to(DEVICE) for x in (image, pooled, text.states)]
+                image, pooled, states = (x.to(DEVICE) for x in (image, pooled, text.states))
                 bins = classes_of(lengths, batch).lay_out(n).to(DEVICE)
-                step(*given, bins, rate=1e-3, decay=0.9, noise=lambda memory, noise=noise: memory.copy_(noise))
+                step(
+                    image,
+                    pooled,
+                    states,
+                    bins,
+                    rate=1e-3,
+                    decay=0.9,
+                    noise=lambda memory, noise=noise: memory.copy_(noise),
+                )
                 losses.append(step.figures[0].item())
             runs.append((losses, [p.detach().clone() for p in prior.parameters()]))
         same = all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))

@@ -285,10 +285,11 @@ def _kernels() -> Any:
     try:
         from . import bin_kernels
 
+        kernels: Any = bin_kernels
         qkv = torch.zeros(BIN, 3 * 16, dtype=torch.bfloat16, device="cuda")
         caption, out = torch.zeros(BIN, dtype=torch.int32, device="cuda"), qkv.new_empty(BIN, 16)
-        bin_kernels.forward[(1, 1)](qkv, caption, out, **_sizes(qkv, 1), num_warps=4)
+        kernels.forward[(1, 1)](qkv, caption, out, **_sizes(qkv, 1), num_warps=4)
     except Exception as error:
         warnings.warn(f"attention runs without this project's kernel, which failed: {str(error)[:300]}", stacklevel=2)
         return None
-    return bin_kernels
+    return kernels

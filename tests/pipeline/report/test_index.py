@@ -14,7 +14,7 @@ from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.report import charts
 from eclipse.pipeline.report.index import index_page
 from eclipse.pipeline.report.train import _warnings
-from eclipse.trainer.loop import train
+from eclipse.trainer.stage import train
 from learnable_cache import make_workspace
 
 QUIET = Progress(quiet=True)
