@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from eclipse.decode.conditioning import Texts, predict
+from eclipse.decode.conditioning import predict
 from eclipse.decode.decoder import generators_of
+from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.seeds import stream_seed
 from eclipse.trainer.model.prior import Prior, PriorConfig, save_prior
 
@@ -24,7 +25,7 @@ def test_the_priors_noise_is_not_the_decoders(tmp_path, monkeypatch):
     config = PriorConfig(dim, num_layers=1, num_attention_heads=2, attention_head_dim=16)
     save_prior(Prior(config), tmp_path)
     monkeypatch.setattr(Prior, "forward", lambda self, noise, text_embedding, text: noise)
-    texts = Texts(torch.randn(1, dim), torch.randn(2, dim), torch.tensor([0, 2]), ())
+    texts = TextFeatures(torch.randn(2, dim), torch.tensor([0, 2]), embedding=torch.randn(1, dim))
     noise = predict(str(tmp_path), texts, [0, 0, 0], seeds, "cpu")
     latents = torch.stack([torch.randn(dim, generator=generator) for generator in generators_of(seeds)])
     for mine in noise:
