@@ -294,8 +294,8 @@ def main() -> None:
         for tar in sorted(ws.images.glob("*.tar")):
             for item in read_shard(tar):
                 if isinstance(item, Sample):
-                    found[item.url].add(item.caption)
-                    copies[item.url, item.caption] += 1
+                    found[item.url].update(item.captions)
+                    copies.update((item.url, caption) for caption in item.captions)
         fates: dict[str, Counter[str]] = defaultdict(Counter)
         rejected = read_rejected(ws).to_pylist()
     wanted: dict[str, set[str]] = defaultdict(set)
