@@ -204,7 +204,8 @@ class _Found:
 
     def floor(self) -> float:
         """The least product of rounded vectors that may belong to a cosine of the threshold."""
-        product = torch.finfo(self.dtype).eps / 2  # that rounding the product itself may take
+        # Rounding the product itself may take half an eps of it; GPUs may add up partial sums in halves as well.
+        product = torch.finfo(self.dtype).eps * (2 if self.device.type == "cuda" else 0.5)
         return (self.cosine - 2.01 * self.lost) * (1 - product) - 1e-5
 
     def compare_all(self, coarse: Tensor, order: np.ndarray) -> Iterator[None]:
@@ -323,7 +324,7 @@ def _search_lists(found: _Found, progress: Progress) -> Pairs:
     coarse = found.coarse(place, progress)
 
     # How many lists beside its own must a picture look into?
-    sample, again = np.split(rng.permutation(size)[: 2 * SAMPLE], 2)
+    sample, again = np.array_split(rng.permutation(size)[: 2 * SAMPLE], 2)
     true = _pairs_of(found, sample, coarse, order, place, progress)
     depth = _depths(place[true.i], place[true.j], coarse, own, centre)
     needed = int(np.quantile(depth, (1 + RECALL) / 2, method="higher")) if len(depth) else 0
@@ -366,7 +367,8 @@ def kmeans(
                 total.index_add_(0, nearest(some, centre), some.float())
             length = total.norm(dim=1, keepdim=True)
             lonely = (length == 0).flatten()
-            total[lonely] = points[pick[turn * lists : turn * lists + int(lonely.sum())]].float()
+            others = (turn * lists + torch.arange(int(lonely.sum()), device=pick.device)) % len(pick)
+            total[lonely] = points[pick[others]].float()
             centre = (total / total.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(dtype)
             task.advance()
     return centre
