@@ -74,10 +74,10 @@ def run(
       eclipse run --card coco -w coco --gpus 8
     """
     from .pipeline.core.results import show_run
-    from .pipeline.core.stages import locate, run_all
+    from .pipeline.run import locate, run_all
 
     def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(card, workspace, default_card="shapes")
+        ws = locate(card, workspace, progress, default_card="shapes")
         return run_all(ws, progress, overwrite=overwrite, gpus=gpus, cluster=cluster)
 
     present(work, show_run, quiet=quiet, as_json=as_json, debug=debug)
@@ -112,10 +112,10 @@ def init(
       eclipse init 'cc12m-{00000..01242}.tar' my-prior --like cc12m
       eclipse init list.parquet my-prior
     """
-    from .pipeline.core.stages import begin_workspace
+    from .pipeline.run import begin_workspace
 
     def work(progress: Progress) -> dict[str, Any]:
-        ws = begin_workspace(card, directory, like)
+        ws = begin_workspace(card, directory, like, progress)
         return {"workspace": str(ws.root), "card": ws.card.name, "source": ws.card.source.kind}
 
     def show(result: dict[str, Any]) -> None:
@@ -155,10 +155,10 @@ def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) 
       eclipse status -w eclipse-shapes --json
     """
     from .pipeline.core.results import show_status
-    from .pipeline.core.stages import locate
+    from .pipeline.run import locate
     from .pipeline.core.status import gather
 
-    present(lambda progress: gather(locate(None, workspace)), show_status, as_json=as_json, debug=debug)
+    present(lambda progress: gather(locate(None, workspace, progress)), show_status, as_json=as_json, debug=debug)
 
 
 @app.command()
@@ -175,8 +175,8 @@ def doctor(
       eclipse doctor
       eclipse doctor --card cc12m
     """
-    from .pipeline.core.doctor import examine
     from .pipeline.core.results import show_doctor
+    from .pipeline.doctor import examine
 
     def work(progress: Progress) -> dict[str, Any]:
         return examine(card, workspace, progress)
@@ -200,10 +200,10 @@ def why(
       eclipse why https://example.org/cat.jpg
     """
     from .pipeline.core.results import show_story
-    from .pipeline.core.stages import locate
+    from .pipeline.run import locate
     from .why import tell
 
-    present(lambda progress: tell(locate(None, workspace), what, progress), show_story, as_json=as_json, debug=debug)
+    present(lambda progress: tell(locate(None, workspace, progress), what, progress), show_story, as_json=as_json, debug=debug)
 
 
 @app.command()
@@ -405,7 +405,7 @@ def render(
     from .decode.export import workspace_for
     from .decode.prompts import typed
     from .pipeline.core.results import show_stage
-    from .pipeline.core.stages import cluster_option, run_stage
+    from .pipeline.run import cluster_option, run_stage
 
     def work(progress: Progress) -> dict[str, Any]:
         cluster_option("render", cluster)
@@ -425,7 +425,7 @@ def render(
             "prompt_column": prompt_column,
             "blank_decoder_text": blank_decoder_text or None,
         }
-        return run_stage(workspace_for(card, workspace, prior), "render", progress, overwrite=overwrite, **options)
+        return run_stage(workspace_for(card, workspace, prior, progress), "render", progress, overwrite=overwrite, **options)
 
     present(work, lambda summary: show_stage("render", summary), quiet=quiet, as_json=as_json, debug=debug)
 
@@ -469,10 +469,10 @@ def export(
       eclipse export my-prior
     """
     from .decode.export import export_prior
-    from .pipeline.core.stages import check_prior, locate
+    from .pipeline.run import check_prior, locate
 
     def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(None, workspace)
+        ws = locate(None, workspace, progress)
         check_prior(ws, progress)
         return export_prior(ws, directory, progress, overwrite=overwrite)
 
@@ -503,10 +503,10 @@ def push(
     """
     from .decode.export import push_prior
     from .pipeline.core.results import show_push
-    from .pipeline.core.stages import check_prior, locate
+    from .pipeline.run import check_prior, locate
 
     def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(None, workspace)
+        ws = locate(None, workspace, progress)
         check_prior(ws, progress)
         return push_prior(ws, repository, progress, private=private, overwrite=overwrite, dry_run=dry_run)
 
@@ -551,12 +551,12 @@ def lab(
       eclipse lab sweep -o sweep
     """
     from .pipeline.core.results import show_experiment
-    from .pipeline.core.stages import run_experiment
-
-    dials = {"held_out": held_out, "pairs": pairs, "seeds": seeds, "steps": steps, "prompts": prompts}
 
     def work(progress: Progress) -> dict[str, Any]:
-        return run_experiment(experiment, out, progress, card=card, **dials)
+        from .lab.experiments import Dials, run, seeds_of
+
+        dials = Dials(held_out=held_out, pairs=pairs, seeds=seeds_of(seeds), steps=steps, prompts=prompts)
+        return run(experiment, out, progress, dials, card=card)
 
     present(work, show_experiment, quiet=quiet, as_json=as_json, debug=debug)
 
@@ -574,11 +574,11 @@ def _stage(
 ) -> None:
     """Call one stage and print its summary. Options left at None are the stage's own to decide."""
     from .pipeline.core.results import show_stage
-    from .pipeline.core.stages import cluster_option, locate, run_stage
+    from .pipeline.run import cluster_option, locate, run_stage
 
     def work(progress: Progress) -> dict[str, Any]:
         where = cluster_option(stage, cluster)
-        ws = locate(card, workspace)
+        ws = locate(card, workspace, progress)
         return run_stage(ws, stage, progress, overwrite=overwrite, **options, **where)
 
     present(work, lambda summary: show_stage(stage, summary), quiet=quiet, as_json=as_json, debug=debug)

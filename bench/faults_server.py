@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HEAVY = (
-    "eclipse.cli", "eclipse.pipeline.core.stages", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip",
+    "eclipse.cli", "eclipse.pipeline.run", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip",
     "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
     "scipy.sparse.csgraph", "eclipse.pipeline.download.stage", "eclipse.pipeline.embed.stage",
     "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage", "eclipse.pipeline.report.stages",

@@ -238,7 +238,7 @@ def workspace_for(card: str | None, root: Path | None, prior: str | None) -> Wor
     Raises:
         UsageError: there is none, and `prior` is no export; what `trusted_encoder` raises.
     """
-    from ..pipeline.core.stages import locate
+    from ..pipeline.run import locate
     from .job import TEXT_PRIOR
     from .pretrained import find
 

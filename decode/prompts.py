@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline.core.errors import UsageError
+from ..pipeline.core.registry import find
 
 if TYPE_CHECKING:
-    from ..lab.shapes import Prompt as ShapesPrompt
-    from ..lab.shapes import World
     from ..pipeline.core.card import Card
 
 MAX_CHARACTERS = 2000  # a CLIP caption ends at 77 tokens; a line longer than this is not a prompt
@@ -42,8 +41,16 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     category: str = ""
     split: str = ""
-    wanted: ShapesPrompt | None = None  # what the shapes world's checker judges by
+    wanted: Any = None  # what a registered judge goes by; None: nothing is known but the text
     own_file: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of a picture: whether all that was asked is there, and each thing with whether it holds."""
+
+    right: bool
+    facts: tuple[tuple[str, bool], ...] = ()
 
 
 def typed(words: Sequence[str]) -> Path | list[str] | None:
@@ -103,28 +110,9 @@ def prompts_of(texts: Iterable[str]) -> list[Prompt]:
 
 
 def default_prompts(card: Card, per_category: int) -> list[Prompt]:
-    """The shapes world's own prompts, seen and unseen, where that is the card's source; else a few general ones."""
-    if card.source.kind != "shapes":
-        return prompts_of(GENERAL_PROMPTS)
-    from ..lab.shapes import World
-
-    return shapes_prompts(World(card.source.seed, card.source.held_out), per_category)
-
-
-def shapes_prompts(world: World, per_category: int) -> list[Prompt]:
-    """`per_category` prompts in each category and split of a shapes world, with what they ask for."""
-    from ..lab.shapes import CATEGORIES
-
-    found = [
-        prompt
-        for category in CATEGORIES
-        for split in ("seen", "unseen")
-        for prompt in world.prompts(category, per_category, split)
-    ]
-    return [
-        Prompt(p.text, f"{i:05d}", {"prompt": p.text, "tag": p.category, "split": p.split}, p.category, p.split, p)
-        for i, p in enumerate(found)
-    ]
+    """What is registered for the card's kind of source, such as the shapes world's own; else a few general ones."""
+    own = find("prompts", card.source.kind)
+    return own(card, per_category) if own else prompts_of(GENERAL_PROMPTS)
 
 
 def _text(path: Path) -> Iterator[Prompt]:

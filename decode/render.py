@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.files import atomic_path
+from ..pipeline.core.registry import find
 from . import manifest
 from .job import Job, Options, plan_job
 from .layouts import picture_seed
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from ..lab.shapes import Prompt as ShapesPrompt
     from ..pipeline.cache.packed_text import TextFeatures
     from ..pipeline.core.progress import Progress
     from ..pipeline.core.workspace import Workspace
@@ -283,30 +283,22 @@ def _write_metadata(job: Job) -> None:
 
 
 def _entries(ws: Workspace, job: Job) -> list[Entry]:
-    """Prompts with their pictures, judged by the shapes world's checker where the prompts are that world's own."""
+    """Prompts with their pictures, and the verdicts of the judge that is registered for the card's kind of source."""
+    from PIL import Image
+
     from .gallery import Entry, Shot
 
-    judged = ws.card.source.kind == "shapes"
+    judge = find("judge", ws.card.source.kind)
     shots: list[list[Shot]] = [[] for _ in job.prompts]
     for picture in job.pictures:
         prompt, shot = job.prompts[picture.prompt], Shot(job.folder / picture.path, " ".join(map(str, picture.seeds)))
-        if judged and prompt.wanted is not None and len(picture.seeds) == 1:
-            shot = _judged(shot, prompt.wanted)
+        if judge is not None and len(picture.seeds) == 1:
+            with Image.open(shot.file) as image:
+                verdict = judge(image, prompt)
+            if verdict is not None:
+                shot = replace(shot, right=verdict.right, facts=verdict.facts)
         shots[picture.prompt].append(shot)
     return [
         Entry(prompt.text, tuple(own), prompt.category, prompt.split)
         for prompt, own in zip(job.prompts, shots, strict=True)
     ]
-
-
-def _judged(shot: Shot, wanted: ShapesPrompt) -> Shot:
-    import numpy as np
-    from PIL import Image
-
-    from ..lab.checker import judge, read
-    from ..lab.shapes import IMAGE_SIZE
-
-    with Image.open(shot.file) as image:
-        verdict = judge(read(np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)))), wanted)
-    facts = tuple((fact.asked if fact.right else f"{fact.asked}: {fact.seen}", fact.right) for fact in verdict.facts)
-    return replace(shot, right=verdict.all_right, facts=facts)

@@ -53,6 +53,18 @@ class Dials:
     fresh: int = FRESH_SCENES
 
 
+def seeds_of(text: str | None) -> tuple[int, ...] | None:
+    """The seeds in a list such as 0,1,2, as the command line gives it. UsageError for anything else."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    known = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+    if not known or len(set(map(int, parts))) < len(parts):
+        what = "seeds are distinct whole numbers below a billion"
+        raise UsageError(what, where=f"--seeds {text[:40]}", hint="such as 0,1,2")
+    return tuple(int(part) for part in parts)
+
+
 def run(name: str, out: Path, progress: Progress, dials: Dials, *, card: str | None = None) -> dict[str, Any]:
     """Run one experiment, or what is left of it, in the folder `out`: its summary, JSON-ready.
 

@@ -1,16 +1,18 @@
-"""How much of the planted dirt the filter found: precision and recall against the truth. Called by stages.py and tests.
+"""How much of the planted dirt the filter found: precision and recall against the truth. Called by `run` and tests.
 
 The only reader of the truth beside the server that plants it. It looks at a finished selection, and changes nothing.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from ..pipeline.cache.store import Store
+from ..pipeline.core.files import write_json
 from ..pipeline.core.workspace import Workspace
 from .truth import Planted, planted, row_of
 
@@ -37,6 +39,26 @@ def measure(ws: Workspace) -> dict[str, Any]:
         result[name]["target"] = {"precision": precision, "recall": recall}
         result[name]["met"] = result[name]["precision"] >= precision and result[name]["recall"] >= recall
     return result
+
+
+def audit(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
+    """How much of the planted dirt was found, for `eclipse run`; measured once for each run of the filter.
+
+    None where it is not known and not to be measured now.
+    """
+    path, state = ws.reports / "dirt.json", ws.stage("filter").finished
+    assert state is not None
+    try:
+        known = json.loads(path.read_text())
+        if known["filtered_at"] == state.finished_at:
+            return dict(known["found"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no file, or none that can be read: it is made again
+    if not measure_it:
+        return None
+    found = measure(ws)
+    write_json(path, {"filtered_at": state.finished_at, "found": found})
+    return found
 
 
 def _verdicts(ws: Workspace) -> tuple[list[Planted], dict[int, list[str | None]]]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,13 @@ _CHANGES = 31  # stream of the seed for what is done to near copies
 def list_path(ws: Workspace) -> Path:
     """The list: Parquet with the columns url and caption; the port is in its metadata too."""
     return ws.root / "urls.parquet"
+
+
+def served_list(ws: Workspace, *, anew: bool) -> AbstractContextManager[UrlList]:
+    """What the registry hands to `eclipse download` for this kind of source; anew: the list is made again."""
+    if anew:
+        list_path(ws).unlink(missing_ok=True)
+    return serve(ws)
 
 
 @contextmanager

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError
-from ..core.files import atomic_path
-from ..images.tar import require_regular
+from ..core.files import atomic_path, require_regular
 from .parquet_map import Chunk, find_page, map_file
 
 FORMAT_VERSION = 1

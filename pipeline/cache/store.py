@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError
-from ..images.tar import require_regular
+from ..core.files import require_regular
 from .parquet_map import find_page, map_file, page_is_intact, page_values, will_need
 from .part import REEMBED, THUMBNAIL_BYTES, Part, PartMeta, PartWriter, part_name, part_schema, read_part
 

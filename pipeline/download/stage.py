@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from ..core.errors import EclipseError, UsageError
 from ..core.files import write_json
+from ..core.registry import find
 from ..core.source import ShapesSource, UrlSource
 from ..images.rejects import Reject, write_rejected
 from ..images.sources import forget, look, shards_of
@@ -416,12 +417,9 @@ def _served(ws: Workspace, source: ShapesSource | UrlSource, *, anew: bool) -> A
 
     anew: the shapes world makes its list again.
     """
-    if isinstance(source, ShapesSource):
-        from ...lab.server import list_path, serve
-
-        if anew:
-            list_path(ws).unlink(missing_ok=True)
-        return serve(ws)
+    if (served := find("list", source.kind)) is not None:
+        return served(ws, anew=anew)
+    assert isinstance(source, UrlSource)
     paths = tuple(source.paths(ws.root))
     names = (source.url_column, source.caption_column, source.hash_column)
     return nullcontext(UrlList(paths, *names, quoting=source.quoting, encoding=source.encoding))

@@ -20,8 +20,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError, UsageError
+from ..core.files import require_regular
 from ..images.rejects import Reject
-from ..images.tar import require_regular
 
 BATCH = 65_536
 KINDS = ("parquet", "csv", "tsv", "jsonl", "ndjson")

@@ -24,7 +24,7 @@ from ..cache.packed_text import TextFeatures
 from ..core import hub
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
-from ..images.tar import require_regular
+from ..core.files import require_regular
 from .tokens import CaptionTokenizer
 
 if TYPE_CHECKING:

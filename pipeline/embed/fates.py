@@ -8,9 +8,8 @@ from typing import Any, get_type_hints
 
 from ..cache.part import PartMeta, read_account, read_part
 from ..core.errors import EclipseError
-from ..core.files import sealed, unsealed
+from ..core.files import require_regular, sealed, unsealed
 from ..images.rejects import Reject
-from ..images.tar import require_regular
 from .tasks import ShardTask
 
 

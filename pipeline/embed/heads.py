@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import EclipseError, UsageError
-from ..core.files import atomic_path
-from ..images.tar import require_regular
+from ..core.files import atomic_path, require_regular
 
 LAION_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
 # Trained on the normalised embeddings of OpenAI's weights: of no meaning for others of the same width.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
 
 from .neighbours import MOST_OF_ONE, Pairs
 
@@ -13,19 +12,6 @@ DRIFT = 0.05  # how far below the thresholds a near copy of a near copy may lie 
 
 Similar = Callable[[np.ndarray, np.ndarray], np.ndarray]  # pairs (i, j), both (n,) int64 → (n,) bool
 Confirm = Callable[[np.ndarray], np.ndarray]  # numbers of pairs (n,) int64 → (n,) bool
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """(n, D) of any float type → float32 of length one; a zero vector stays zero."""
-    wide = np.asarray(vectors, np.float32)
-    norm = np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide / np.where(norm > 0, norm, 1)
-
-
-def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Equal values → equal int64 codes, in order of first appearance."""
-    encoded = column.dictionary_encode()
-    return np.concatenate([np.asarray(chunk.indices, np.int64) for chunk in encoded.chunks] or [np.empty(0, np.int64)])
 
 
 def first_of(group: np.ndarray, rank: np.ndarray) -> np.ndarray:

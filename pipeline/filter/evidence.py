@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..cache.parquet_map import find_page, map_file
+from ..cache.vectors import codes, unit
 from ..core.files import atomic_path
 from ..core.progress import Progress
 from ..images.shards import ImageShard, small_pictures
-from . import caption_mismatch, dedup
+from . import caption_mismatch
 from .neighbours import Pairs, Vectors, chunks, find_pairs
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Evidence:
     @cached_property
     def picture(self) -> np.ndarray:
         """Which picture each row shows, (rows,) int64: equal bytes, equal number; by first appearance."""
-        return dedup.codes(self.store.column("image_sha256"))
+        return codes(self.store.column("image_sha256"))
 
     @cached_property
     def row_of_picture(self) -> np.ndarray:
@@ -146,7 +147,7 @@ class Evidence:
 
         def read(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             some = rows[positions]
-            return dedup.unit(store.text_embeddings(some)), dedup.unit(store.image_embeddings(some))
+            return unit(store.text_embeddings(some)), unit(store.image_embeddings(some))
 
         found = caption_mismatch.wrong_captions(len(rows), read, self.picture[rows], self.progress)
         z, wrong = np.full((2, len(store)), np.nan, np.float32)

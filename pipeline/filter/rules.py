@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ..cache.vectors import codes
 from ..core.errors import EclipseError, UsageError
 from . import dedup
 from .evidence import Evidence
@@ -292,7 +293,7 @@ def repeated_caption(inputs: Inputs) -> Finding | None:
         return None
     from .examples import plain_words
 
-    caption = dedup.codes(plain_words(inputs.column("caption")))
+    caption = codes(plain_words(inputs.column("caption")))
     picture = inputs.evidence.picture[inputs.rows]
     order = np.lexsort((inputs.rank, caption))
     pair, first = np.unique(np.stack([caption, picture])[:, order], axis=1, return_index=True)
@@ -308,7 +309,7 @@ def exact_copy(inputs: Inputs) -> Finding | None:
     scope = inputs.options.exact_copies
     if scope is None:
         return None
-    uid, url = (dedup.codes(inputs.column(name)) for name in ("uid", "url"))
+    uid, url = (codes(inputs.column(name)) for name in ("uid", "url"))
     keeper = dedup.exact_copies(inputs.evidence.picture[inputs.rows], uid, url, inputs.rank, scope=scope)
     copies = np.flatnonzero(keeper != np.arange(len(keeper)))
     similarity = {"copy_similarity": (inputs.rows[copies], np.ones(len(copies), np.float32))}

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from ..core.card import STAGES
 from ..core.errors import EclipseError
-from ..core.files import atomic_path
-from .tar import require_regular
+from ..core.files import atomic_path, require_regular
 
 if TYPE_CHECKING:
     from ..core.workspace import Workspace

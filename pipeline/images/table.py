@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import EclipseError, UsageError
+from ..core.files import require_regular
 from .decode import Sample, with_captions
 from .rejects import Reject
-from .tar import require_regular
 
 ENDINGS = ("parquet", "arrow", "feather")
 BATCH = 256  # rows with their pictures that are held at a time

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from ..core.files import require_regular
 
 MEMBER_LIMIT = 256 << 20  # bytes; a header may claim anything
 _BLOCK = tarfile.BLOCKSIZE
@@ -33,12 +34,6 @@ class Damage:
 
     name: str
     reason: str
-
-
-def require_regular(path: Path) -> None:
-    """Raise OSError for what is no regular file: opening a named pipe would wait forever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a regular file")
 
 
 def is_remote(address: Path | str) -> bool:

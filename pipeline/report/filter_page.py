@@ -230,7 +230,7 @@ def _clusters(
 
     Most dropped first. Clusters of fewer than three sampled rows are left out.
     """
-    from ..filter.dedup import unit
+    from ..cache.vectors import unit
 
     embedding = store.image_embeddings(rows).astype(np.float32)
     sound = np.isfinite(embedding).all(1)

@@ -235,7 +235,7 @@ def _neighbours(store: Store, every: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
     The same picture under another caption is no neighbour. Fewer columns where the cache is that small.
     """
-    from ..filter.dedup import codes, unit
+    from ..cache.vectors import codes, unit
 
     pool = _some(every, NEIGHBOURHOOD)
     queries = np.sort(np.random.default_rng(1).permutation(len(pool))[:QUERIES])
@@ -250,7 +250,7 @@ def _neighbours(store: Store, every: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _geometry(store: Store, rows: np.ndarray) -> tuple[float, float]:
     """Caption → picture R@1 among these rows, and the distance of the two modalities' mean unit vectors."""
-    from ..filter.dedup import unit
+    from ..cache.vectors import unit
 
     if not len(rows):
         return 0.0, 0.0

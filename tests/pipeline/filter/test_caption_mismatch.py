@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from eclipse.pipeline.cache.vectors import unit
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.filter import caption_mismatch as mismatch
-from eclipse.pipeline.filter.dedup import unit
 
 
 def weigh(image: np.ndarray, text: np.ndarray, group: np.ndarray | None = None) -> mismatch.Evidence:

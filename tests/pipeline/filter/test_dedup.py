@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from eclipse.pipeline.cache.vectors import codes
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.filter import dedup, neighbours
 from eclipse.pipeline.filter.neighbours import Pairs, Vectors, find_pairs
@@ -39,7 +40,7 @@ def first_of_each(group: np.ndarray) -> np.ndarray:
 
 def test_codes_are_equal_where_values_are() -> None:
     column = pa.chunked_array([["a", "b"], ["b", "c", "a"]])
-    assert dedup.codes(column).tolist() == [0, 1, 1, 2, 0]
+    assert codes(column).tolist() == [0, 1, 1, 2, 0]
 
 
 def test_exact_copies_by_picture_leave_captions_of_one_url_alone() -> None:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from eclipse.pipeline.core.progress import Progress
-from eclipse.pipeline.core.stages import run_stage
+from eclipse.pipeline.run import run_stage
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.report import charts
 from eclipse.pipeline.report.index import index_page

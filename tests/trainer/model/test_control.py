@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from eclipse.bench.padded import PaddedPrior, pad
-from eclipse.trainer.model.control import ControlPrior
-from eclipse.trainer.model.prior import PRESETS, PriorConfig, load_prior, sample, save_prior
+from eclipse.trainer.model.prior import PRESETS, ControlPrior, PriorConfig, load_prior, sample, save_prior
 from packed_captions import captions
 from torch import Tensor, nn
 

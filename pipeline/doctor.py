@@ -16,12 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import hub
-from .card import CARD_NAME, Card, card_names, resolve
-from .errors import EclipseError
-from .progress import Progress
-from .source import expected_rows, named_files
-from .workspace import Workspace
+from .core import hub
+from .core.card import CARD_NAME, Card, card_names, resolve
+from .core.errors import EclipseError
+from .core.progress import Progress
+from .core.source import expected_rows, named_files
+from .core.workspace import Workspace
 
 DISTRIBUTION = "eclipse-prior"
 MIN_OPEN_FILES = 4096
@@ -149,7 +149,7 @@ def _encoder_weights(card: Card) -> dict[str, str]:
     if model.startswith("local-dir:"):
         return _encoder_directory(card, Path(resolve(model.removeprefix("local-dir:"))))
     name = f"{model} {tag or ''}".strip()
-    from ..embed.clip import hub_repository
+    from .embed.clip import hub_repository
 
     repository = hub_repository(model, tag)
     found = repository is not None and hub.snapshot(repository) is not None
@@ -162,7 +162,7 @@ def _encoder_weights(card: Card) -> dict[str, str]:
 
 
 def _encoder_directory(card: Card, folder: Path) -> dict[str, str]:
-    from ..embed.clip import CONFIG, check_directory
+    from .embed.clip import CONFIG, check_directory
 
     if not (folder / CONFIG).exists():
         return check("missing", "encoder", folder, _rebuild(card))
@@ -217,7 +217,7 @@ def _state_cost(card: Card, root: Path) -> Iterator[dict[str, str]]:
 
 def encoder_name(card: Card) -> tuple[str, str | None]:
     """open_clip's model name and weights tag, with the names of presets replaced."""
-    from ..embed.clip import PRESETS
+    from .embed.clip import PRESETS
 
     return PRESETS.get(card.encoder.model, (card.encoder.model, card.encoder.pretrained))
 
@@ -262,7 +262,7 @@ def _workspace(ws: Workspace, progress: Progress) -> list[dict[str, str]]:
     """Checksums of every stored part, through the store's own verification."""
     if not any(ws.embeddings.glob("part-*.parquet")):
         return [check("note", "stored features", "none yet")]
-    from ..cache.store import Store
+    from .cache.store import Store
 
     try:
         store = Store.open(ws.embeddings)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from eclipse.cli import app
-from eclipse.pipeline.core.doctor import TextTower, examine, size_text, text_tower
 from eclipse.pipeline.core.progress import Progress
+from eclipse.pipeline.doctor import TextTower, examine, size_text, text_tower
 from shards import make_workspace
 from synthetic_cache import Maker, write
 from tiny_clip import make_clip
