@@ -232,7 +232,25 @@ def trusted_encoder(record: Record, directory: Path, *, from_hub: bool) -> str:
     return name
 
 
-def workspace_for(card: str | None, root: Path | None, prior: str | None) -> Workspace:
+def find(dir_or_hub_id: Path | str) -> Path:
+    """The directory of an export: here, or in the hub's cache after fetching it. A workspace stands for its prior."""
+    from ..pipeline.core import hub
+
+    path, name = Path(dir_or_hub_id).expanduser(), str(dir_or_hub_id)
+    if path.is_dir():
+        if (path / CARD_NAME).is_file():
+            raise UsageError(
+                "this is a workspace, not an export",
+                where=name,
+                hint=f'eclipse.open("{name}").prior() loads its prior; `eclipse export DIR` writes it for others',
+            )
+        return path
+    if isinstance(dir_or_hub_id, Path) or not hub.is_hub_id(name):
+        raise EclipseError("no such prior", where=name, hint="name a directory, or a hub id such as owner/name")
+    return hub.fetch(name, (CONFIG, WEIGHTS), (RECORD,), what="prior", name_it="in place of the id")
+
+
+def workspace_for(card: str | None, root: Path | None, prior: str | None, progress: Progress) -> Workspace:
     """The workspace to render in: as every command finds it, or a new one from the data card that came with `prior`.
 
     Raises:
@@ -240,11 +258,10 @@ def workspace_for(card: str | None, root: Path | None, prior: str | None) -> Wor
     """
     from ..pipeline.run import locate
     from .job import TEXT_PRIOR
-    from .pretrained import find
 
     here = (root or Path.cwd()) / CARD_NAME
     if card is not None or here.is_file() or prior in (None, TEXT_PRIOR):
-        return locate(card, root)
+        return locate(card, root, progress)
     directory = find(prior)
     record = read_record(directory)
     if record is None:

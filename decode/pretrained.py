@@ -140,7 +140,7 @@ def load(
             weights are not those that the prior was trained on.
     """
     name, device = str(dir_or_hub_id), device or pick_device()
-    directory = find(dir_or_hub_id)
+    directory = export.find(dir_or_hub_id)
     record = export.read_record(directory)
     prior = load_prior(directory, device)
     model, pretrained = _encoder(prior, record, directory, encoder, from_hub=not Path(dir_or_hub_id).is_dir())
@@ -153,27 +153,6 @@ def load(
             hint="name the right one: eclipse.load(…, encoder=…)",
         )
     return TextToImagePrior(prior, loaded, name, record)
-
-
-def find(dir_or_hub_id: Path | str) -> Path:
-    """The directory of an export: here, or in the hub's cache after fetching it. A workspace stands for its prior."""
-    from ..pipeline.core import hub
-    from ..pipeline.core.workspace import CARD_NAME
-
-    path, name = Path(dir_or_hub_id).expanduser(), str(dir_or_hub_id)
-    if path.is_dir():
-        if (path / CARD_NAME).is_file():
-            raise UsageError(
-                "this is a workspace, not an export",
-                where=name,
-                hint=f'eclipse.open("{name}").prior() loads its prior; `eclipse export DIR` writes it for others',
-            )
-        return path
-    if isinstance(dir_or_hub_id, Path) or not hub.is_hub_id(name):
-        raise EclipseError("no such prior", where=name, hint="name a directory, or a hub id such as owner/name")
-    return hub.fetch(
-        name, (export.CONFIG, export.WEIGHTS), (export.RECORD,), what="prior", name_it="in place of the id"
-    )
 
 
 def _encoder(

@@ -106,18 +106,18 @@ def test_rendering_outside_a_workspace_takes_the_prior_s_own_card(
     export_prior(ws, tmp_path / "out", QUIET)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="its decoder is a directory"):  # no path from a file is followed
-        workspace_for(None, None, "out")
+        workspace_for(None, None, "out", QUIET)
     record = json.loads((tmp_path / "out" / "eclipse.json").read_text())
     record["card"]["decoder"]["path"] = "{models}/decoder"
     (tmp_path / "out" / "eclipse.json").write_text(json.dumps(record))
-    made = workspace_for(None, None, "out")
+    made = workspace_for(None, None, "out", QUIET)
     assert made.root == tmp_path / "eclipse-tiny-pictures" and made.card.encoder == ws.card.encoder
-    assert workspace_for(None, ws.root, "out").root == ws.root
+    assert workspace_for(None, ws.root, "out", QUIET).root == ws.root
     with pytest.raises(UsageError, match="no workspace here"):
-        workspace_for(None, None, None)
+        workspace_for(None, None, None, QUIET)
     (tmp_path / "out" / "eclipse.json").unlink()
     with pytest.raises(UsageError, match=r"no eclipse\.json with this prior"):
-        workspace_for(None, None, "out")
+        workspace_for(None, None, "out", QUIET)
 
 
 PUSH_AND_LOAD = """
