@@ -18,7 +18,7 @@ MAY = {
     "pipeline.download": {"pipeline.core", "pipeline.cache", "pipeline.images", "pipeline.report"},
     "pipeline.embed": {"pipeline.core", "pipeline.cache", "pipeline.images", "pipeline.report"},
     "pipeline.filter": {"pipeline.core", "pipeline.cache", "pipeline.images", "pipeline.report", "pipeline.embed.clip"},
-    "trainer": {"pipeline.core", "pipeline.cache", "pipeline.embed.clip"},
+    "trainer": {"pipeline.core", "pipeline.cache", "pipeline.report", "pipeline.embed.clip"},
     "decode": {"pipeline.core", "pipeline.cache", "pipeline.report", "pipeline.embed.clip", "trainer.model"},
 }
 MODULES = {
