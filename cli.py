@@ -155,8 +155,8 @@ def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) 
       eclipse status -w eclipse-shapes --json
     """
     from .pipeline.core.results import show_status
-    from .pipeline.run import locate
     from .pipeline.core.status import gather
+    from .pipeline.run import locate
 
     present(lambda progress: gather(locate(None, workspace, progress)), show_status, as_json=as_json, debug=debug)
 
@@ -203,7 +203,12 @@ def why(
     from .pipeline.run import locate
     from .why import tell
 
-    present(lambda progress: tell(locate(None, workspace, progress), what, progress), show_story, as_json=as_json, debug=debug)
+    present(
+        lambda progress: tell(locate(None, workspace, progress), what, progress),
+        show_story,
+        as_json=as_json,
+        debug=debug,
+    )
 
 
 @app.command()
@@ -425,7 +430,9 @@ def render(
             "prompt_column": prompt_column,
             "blank_decoder_text": blank_decoder_text or None,
         }
-        return run_stage(workspace_for(card, workspace, prior, progress), "render", progress, overwrite=overwrite, **options)
+        return run_stage(
+            workspace_for(card, workspace, prior, progress), "render", progress, overwrite=overwrite, **options
+        )
 
     present(work, lambda summary: show_stage("render", summary), quiet=quiet, as_json=as_json, debug=debug)
 

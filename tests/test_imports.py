@@ -19,7 +19,14 @@ MAY = {
     "pipeline.embed": {"pipeline.core", "pipeline.cache", "pipeline.images", "pipeline.report"},
     "pipeline.filter": {"pipeline.core", "pipeline.cache", "pipeline.images", "pipeline.report", "pipeline.embed.clip"},
     "trainer": {"pipeline.core", "pipeline.cache", "pipeline.report", "pipeline.embed.clip"},
-    "decode": {"pipeline.core", "pipeline.cache", "pipeline.report", "pipeline.embed.clip", "trainer.model"},
+    "decode": {
+        "pipeline.core",
+        "pipeline.cache",
+        "pipeline.report",
+        "pipeline.embed.clip",
+        "pipeline.run",
+        "trainer.model",
+    },
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -9,11 +9,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from eclipse.pipeline.core.progress import Progress
-from eclipse.pipeline.run import run_stage
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.report import charts
 from eclipse.pipeline.report.index import index_page
 from eclipse.pipeline.report.train import _warnings
+from eclipse.pipeline.run import run_stage
 from eclipse.trainer.stage import train
 from learnable_cache import make_workspace
 
