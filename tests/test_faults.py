@@ -34,10 +34,10 @@ def base(faults: Faults, tmp_path: Path, request: pytest.FixtureRequest) -> Path
     return tmp_path / "base"
 
 
-# How far apart the points are that are taken: every one under a kill in embed, a sample of them elsewhere.
+# How far apart the points are that are taken; `python -m eclipse.bench.faults` takes every one, of every stage.
 @pytest.mark.parametrize(
     ("base", "mode", "every"),
-    [("embed", KILL, 1), ("embed", FULL, 4), ("train", KILL, 8), ("train", FULL, 16)],
+    [("embed", KILL, 5), ("embed", FULL, 12), ("train", KILL, 20), ("train", FULL, 30)],
     indirect=["base"],
     ids=["embed killed", "embed disk full", "train killed", "train disk full"],
 )
@@ -48,7 +48,7 @@ def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
     found = faults.stop_everywhere(stage, base, [stage, "--quiet"], modes=[mode], every=every)
     print(f"{stage}: {sum(found.points.values())} points {dict(found.points)}, {found.runs} of them tried")
     assert not found.wrong, "\n".join(found.wrong)
-    assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 4
+    assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 3
 
 
 def test_a_write_that_is_not_made_whole_is_found(faults: Faults, tmp_path: Path) -> None:
