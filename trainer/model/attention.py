@@ -146,14 +146,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, count: int, *, causal: bool, allowed
 
 
 def _kernel(q: Tensor) -> Callable[..., Any] | None:
-    """The variable-length kernel, where this tensor can use it: half precision on CUDA."""
-    return _varlen_attn() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+    """The variable-length kernel, where this tensor can use it: half precision on an Ampere card or a later one."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not _is_ampere(q.device):
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 @cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # came with a later PyTorch than the oldest this project runs on
-        return None
-    return varlen_attn
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
