@@ -326,3 +326,15 @@ def test_interrupts_in_a_row_are_one_and_a_late_one_ends_at_once(
     _, rest = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in rest and "run the same command again" in rest
     assert ("cleaned up" in rest) == cleaned and ("ended at once" in rest) != cleaned
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands(shell: str, tmp_path: Path):
+    asked = {"bash": {"COMP_WORDS": "eclipse ren", "COMP_CWORD": "1"}}.get(
+        shell, {"_TYPER_COMPLETE_ARGS": "eclipse ren"}
+    )
+    fish = {"_TYPER_COMPLETE_FISH_ACTION": "get-args"} if shell == "fish" else {}
+    environment = {**os.environ, "_ECLIPSE_COMPLETE": f"complete_{shell}", **asked, **fish}
+    command = [sys.executable, "-c", "from eclipse.cli import app; app(prog_name='eclipse')"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "render" in result.stdout and "download" not in result.stdout, result.stderr
