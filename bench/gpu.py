@@ -264,6 +264,9 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, help="also write OUT/gpu.md to this RESULTS.md; --only none: that alone"
     )
+    parser.add_argument(
+        "--note", default="", help="a sentence for RESULTS.md: what a reader of these figures must know"
+    )
     options = parser.parse_args()
     wanted = [name for name in options.only.split(",") if name]
     report = Report(options.out)
@@ -273,11 +276,11 @@ def main() -> None:
     if wanted != ["none"]:
         report.say(f"\ndone in {time.monotonic() - report.began:.0f} s")
     if options.results is not None:
-        publish((options.out / "gpu.md").read_text(), options.results)
+        publish((options.out / "gpu.md").read_text(), options.results, options.note)
 
 
-def publish(text: str, results: Path) -> None:
-    """Write what OUT/gpu.md holds as the section of its card to `results`."""
+def publish(text: str, results: Path, note: str) -> None:
+    """Write what OUT/gpu.md holds, and the note, as the section of its card to `results`."""
     machine = next(line for line in text.partition("## device")[2].splitlines()[1:] if line.strip())
     card = next((part.strip() for part in machine.split(",") if part.strip().startswith("NVIDIA")), "no GPU").split(
         ";"
@@ -286,7 +289,8 @@ def publish(text: str, results: Path) -> None:
     body = re.sub(r"^## (.*?)( \(at \d+ s\))?$", r"### \1", text, flags=re.MULTILINE).partition("\ndone in")[0].strip()
     missing = [name for name, _, _ in SECTIONS if f"## {name}" not in text]
     if missing:
-        body += f"\n\nNot measured: {', '.join(missing)}; no batch but those above."
+        body += f"\n\nNot measured here: {', '.join(missing)}."
+    body += f"\n\n{note}" if note else ""
     settings = {"peak": f"{PEAK / 1e12:.0f} TFLOP/s, dense bfloat16"}
     record("python -m eclipse.bench.gpu", f"GPU, one {card.removeprefix('NVIDIA ')}", body, settings, machine, results)
 
