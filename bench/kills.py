@@ -1,91 +1,85 @@
-"""Kills stages, their workers, and interrupts them, at random moments; then runs them again and compares, as faults.py.
+"""A download killed at random moments, again and again, beside one that is left alone: the same set, no row twice.
 
-    python -m eclipse.bench.kills --trials 200
+    python -m eclipse.bench.kills --kills 20
 
-Each trial takes a stage of a small shapes workspace, afresh or as an overwrite, and one way to be stopped within the
-time that the stage takes undisturbed. What a second run leaves must be, bit for bit, what an undisturbed one leaves.
+The shapes world with its planted dirt; between two kills its list, its shards and its passes stay as they are. Exits
+with 1 if the samples or the rejects differ from those of the undisturbed download.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import random
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from ..pipeline.core.card import STAGES
-from .faults import Faults, contents, differences, small_workspace
-from .results import arguments, hardware, record, table
+from ..lab.truth import row_of
+from ..pipeline.core.card import Card
+from ..pipeline.core.progress import Progress
+from ..pipeline.core.workspace import Workspace
+from ..pipeline.download.stage import download
+from ..pipeline.images.decode import Sample, read_shard
+from ..pipeline.images.rejects import read_rejected
 
-# How a run is stopped, and how often in a row: Ctrl-C is often pressed more than once.
-WAYS: dict[str, tuple[str, int, int]] = {
-    "kill -9": ("main", signal.SIGKILL, 1),
-    "kill -9 of a worker": ("worker", signal.SIGKILL, 1),
-    "SIGTERM": ("main", signal.SIGTERM, 1),
-    "Ctrl-C": ("main", signal.SIGINT, 1),
-    "Ctrl-C, four times in half a second": ("main", signal.SIGINT, 4),
-}
-WORKERS = ("download",)  # on a CPU, the stages that have processes of their own
+QUIET = Progress(quiet=True)
+
+
+def workspace(root: Path, rows: int) -> Workspace:
+    card = Card.load("shapes")
+    source = card.source.model_copy(update={"rows": rows, "rows_per_shard": 100, "retries": 2})
+    return Workspace.create(root, card.model_copy(update={"source": source}))
+
+
+def outcome(ws: Workspace) -> tuple[Counter[tuple[int, str]], Counter[tuple[int, str]]]:
+    """(row, uid) of every pair and (row, reason) of every reject, with how often each stands there."""
+    pairs: Counter[tuple[int, str]] = Counter()
+    for tar in sorted(ws.images.glob("*.tar")):
+        for item in read_shard(tar):
+            if isinstance(item, Sample):
+                pairs.update((row_of(item.url), uid) for uid in item.uids)
+    return pairs, Counter((row_of(reject["url"]), reject["reason"]) for reject in read_rejected(ws).to_pylist())
 
 
 def main() -> None:
-    """Run the trials and write the table."""
-    parser = arguments(__doc__)
-    parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=600, help="stop after so long, and say how many were run")
-    chosen = parser.parse_args()
-    rng, began, machine = random.Random(0), time.monotonic(), hardware()
-    counted: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
-        bases, wanted, seconds = {}, {}, {}
-        small_workspace(faults.folder)
-        for stage in STAGES:
-            bases[stage] = faults.folder / f"before-{stage}"
-            shutil.copytree(faults.ws, bases[stage], symlinks=True)
-            started = time.monotonic()
-            assert (outcome := faults.run([stage, "--quiet"])).code == 0, outcome.said
-            seconds[stage], wanted[stage] = time.monotonic() - started, contents(faults.ws)
-            bases[f"{stage} --overwrite"] = faults.folder / f"after-{stage}"
-            shutil.copytree(faults.ws, bases[f"{stage} --overwrite"], symlinks=True)
-        for trial in range(chosen.trials):
-            if time.monotonic() - began > 60 * chosen.minutes:
-                break
-            stage = STAGES[trial % len(STAGES)]
-            way = rng.choice([way for way in WAYS if stage in WORKERS or "worker" not in way])
-            again = rng.random() < 0.3
-            whom, number, times = WAYS[way]
-            at = rng.uniform(0, seconds[stage])
-            faults.restore(bases[f"{stage} --overwrite" if again else stage])
-            signals = [(at + 0.15 * k, whom, number) for k in range(times)]
-            command = [stage, "--quiet", *(["--overwrite"] if again else [])]
-            stopped = faults.run(command, signals=signals)
-            problem = ""
-            if (
-                stopped.code is None
-                or "Traceback" in stopped.said
-                or stopped.code in (-signal.SIGABRT, -signal.SIGSEGV)
-            ):
-                problem = f"hung, aborted or not understood ({stopped.code}): {stopped.said[-300:]}"
-            elif (resumed := faults.run([stage, "--quiet"])).code != 0:
-                problem = f"refused to go on: {resumed.said[-300:]}"
-            else:
-                problem = differences(wanted[stage], contents(faults.ws))
-            counted[stage]["trials"] += 1
-            counted[stage]["stopped"] += stopped.code != 0
-            counted[stage]["equal"] += not problem
-            if problem:
-                wrong.append(f"trial {trial}: {' '.join(command)}, {way} after {at:.2f} s: {problem}")
-                print(wrong[-1], flush=True)
-    rows = [[stage, counts["trials"], counts["stopped"], counts["equal"]] for stage, counts in counted.items()]
-    rows.append(["all", *(sum(counts[name] for counts in counted.values()) for name in ("trials", "stopped", "equal"))])
-    shown = table(["stage", "trials", "stopped in mid-run", "equal after a second run"], rows)
-    body = "\n".join([shown, "", *(f"- {each}" for each in wrong)]).rstrip()
-    settings = {"trials": sum(counts["trials"] for counts in counted.values()), "of": chosen.trials}
-    record("bench/kills.py", "Stages killed and interrupted at random moments", body, settings, machine, chosen.results)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        calm, shaken = workspace(Path(folder) / "calm", options.rows), workspace(Path(folder) / "shaken", options.rows)
+        started = time.monotonic()
+        download(calm, QUIET)
+        whole = time.monotonic() - started
+        killed = finished = 0
+        moments = []
+        while killed < options.kills and not finished:
+            command = [sys.executable, "-P", "-m", "eclipse.cli", "download", "-w", str(shaken.root), "--quiet"]
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+            # Each life is long enough to start, and to get through some of the work that the undisturbed one did.
+            until = time.monotonic() + rng.uniform(0.1, 0.8) * whole
+            while time.monotonic() < until and process.poll() is None:
+                time.sleep(0.01)
+            finished = process.poll() == 0
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                killed += 1
+                moments.append(len(list(shaken.images.glob("*_stats.json"))))
+        download(Workspace.open(shaken.root), QUIET)
+        same = outcome(calm) == outcome(shaken)
+        twice = max(outcome(shaken)[0].values())
+        litter = [path.name for path in shaken.images.iterdir() if path.name.startswith(".")]
+    print(f"{killed} kills; finished shards at each: {moments}; undisturbed {whole:.1f} s")
+    print(f"same samples and rejects: {same}; a pair stands there at most {twice} times; litter: {litter}")
+    sys.exit(0 if same and twice == 1 and not litter else 1)
 
 
 if __name__ == "__main__":
