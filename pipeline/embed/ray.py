@@ -6,7 +6,7 @@ The workspace must lie at the same path on every node (a shared file system): no
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EclipseError, UsageError
@@ -28,6 +28,7 @@ class Place:
     node: str
     options: dict[str, Any]
     device: str
+    lanes: int  # places of the same node, which share its processors
     actor: Any = None
     false_starts: int = 0
     ready: bool = False
@@ -100,7 +101,8 @@ class _Cluster:
     def _start(self, place: Place) -> None:
         place.ready = False
         remote = self._ray.remote(ShardActor).options(**place.options)
-        place.actor = remote.remote(self._spec, place.device, self._root)
+        # How many threads decode is for the node to say: the driver's own cores are of no matter.
+        place.actor = remote.remote(replace(self._spec, lanes=place.lanes), place.device, self._root)
         self._calls[place.actor.meta.remote()] = place
 
     def _turn(self) -> None:
@@ -159,10 +161,12 @@ def _places(nodes: list[dict[str, Any]], gpus: bool) -> list[Place]:
     for number, node in enumerate(alive):
         pin = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
         cores = max(1, int(node["Resources"].get("CPU", 1)))
-        for index in range(int(node["Resources"].get("GPU", 0)) if gpus else 1):
-            threads = {"env_vars": {"OMP_NUM_THREADS": str(cores)}}
+        count = int(node["Resources"].get("GPU", 0)) if gpus else 1
+        for index in range(count):
+            threads = {"env_vars": {"OMP_NUM_THREADS": str(max(1, cores // count))}}
             options: dict[str, Any] = {**pin, "runtime_env": threads}
             options |= {"num_gpus": 1} if gpus else {"num_cpus": cores}
             name = f"{node['NodeManagerHostname']}/{number} gpu {index}" if gpus else f"node {number}"
-            places.append(Place(name, node["NodeID"], options, "cuda:0" if gpus else "cpu"))  # Ray shows it one GPU
+            device = "cuda:0" if gpus else "cpu"  # Ray shows it one GPU
+            places.append(Place(name, node["NodeID"], options, device, lanes=count))
     return places
