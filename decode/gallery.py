@@ -15,6 +15,7 @@ from ..pipeline.core.files import atomic_path
 from ..pipeline.report.page import PIXEL_ART, write_page
 
 MAX_SHEET_PROMPTS = 24
+REFERENCE_COLUMN = ", reference prior"
 MAX_GALLERY_PICTURES = 4000
 EMBED_BYTES = 24 * 2**20  # pictures up to this sum travel inside the page, larger sets stay files beside it
 DOTS = " A dot says whether a checker, reading pixels, found all that was asked: green yes, red no."
@@ -22,6 +23,7 @@ SCORE = (
     " The table's figures are shares of pictures in which nothing asked is missing; eclipse evaluate gives the mean"
     " share of what was asked, which is never lower."
 )
+REFERENCE = " The framed one of each prompt is by the reference prior that the card names: what training on gives."
 TILE = 132  # pixels of one picture on the sheet
 RIGHT, WRONG, INK, FAINT, PAPER = "#2e9e5b", "#d4493f", "#1c2024", "#6b7480", "#ffffff"
 
@@ -42,12 +44,17 @@ class Shot:
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt with its pictures."""
+    """One prompt with its pictures; `reference`: the reference prior's, which counts for nothing but itself."""
 
     prompt: str
     shots: tuple[Shot, ...]
     category: str = ""
     split: str = ""
+    reference: Shot | None = None
+
+    @property
+    def all_shots(self) -> tuple[Shot, ...]:
+        return (*self.shots, *((self.reference,) if self.reference else ()))
 
     @property
     def verdict(self) -> str:
@@ -59,7 +66,7 @@ def contact_sheet(entries: Sequence[Entry], path: Path) -> None:
     """Write a PNG: a block for each prompt (at most 24, spread over all), pictures side by side, marked by verdict."""
     chosen = [entries[i * len(entries) // MAX_SHEET_PROMPTS] for i in range(MAX_SHEET_PROMPTS)]
     chosen = chosen if len(entries) > MAX_SHEET_PROMPTS else list(entries)
-    per_block = max(1, min(4, max(len(entry.shots) for entry in chosen)))
+    per_block = max(1, min(4, max(len(entry.all_shots) for entry in chosen)))
     columns = max(1, min(len(chosen), 12 // per_block))
     width, height, gap = per_block * (TILE + 4) - 4, TILE + 52, 20
     rows = -(-len(chosen) // columns)
@@ -77,7 +84,7 @@ def html_gallery(entries: Sequence[Entry], path: Path, *, title: str, settings: 
     settings: (name, value) pairs for the head of the page.
     """
     shown = _first(entries, MAX_GALLERY_PICTURES)
-    embed = sum(shot.file.stat().st_size for entry in shown for shot in entry.shots) <= EMBED_BYTES
+    embed = sum(shot.file.stat().st_size for entry in shown for shot in entry.all_shots) <= EMBED_BYTES
     judged = any(shot.verdict for entry in shown for shot in entry.shots)
     left_out = len(entries) - len(shown)
     write_page(
@@ -85,15 +92,18 @@ def html_gallery(entries: Sequence[Entry], path: Path, *, title: str, settings: 
         "gallery.html.j2",
         folders=[Path(__file__).parent / "templates"],
         title=title,
-        lead="Each picture was made from its text alone." + (DOTS + SCORE if judged else ""),
+        lead="Each picture was made from its text alone."
+        + (REFERENCE if any(entry.reference for entry in shown) else "")
+        + (DOTS + SCORE if judged else ""),
         footer=f"{left_out:,} more prompts are among the files." if left_out else "Click a picture to see it large.",
         settings=settings,
         entries=shown,
-        scores=_scores(shown),
+        scores=(scores := _scores(shown)),
+        columns=_in_order(column for row in scores for column in row if column != "category"),
         categories=_in_order(entry.category for entry in shown),
         splits=_in_order(entry.split for entry in shown),
         verdicts=[name for name in ("right", "mixed", "wrong") if any(entry.verdict == name for entry in shown)],
-        widest=max(len(entry.shots) for entry in shown),
+        widest=max(len(entry.all_shots) for entry in shown),
         pixel=_is_small(shown),
         source=lambda shot: _source(shot.file, path.parent, embed),
     )
@@ -103,7 +113,7 @@ def _first(entries: Sequence[Entry], pictures: int) -> list[Entry]:
     """As many entries as hold at most this many pictures, and at least one."""
     shown: list[Entry] = []
     for entry in entries:
-        pictures -= len(entry.shots)
+        pictures -= len(entry.all_shots)
         if pictures < 0 and shown:
             break
         shown.append(entry)
@@ -119,12 +129,13 @@ def _source(file: Path, folder: Path, embed: bool) -> str:
 
 
 def _scores(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Share of right pictures for each category and split, in order of appearance."""
+    """Share of right pictures for each category and split, in order of appearance; the reference prior's beside it."""
     groups: dict[tuple[str, str], list[bool]] = {}
     for entry in entries:
-        for shot in entry.shots:
+        for shot in entry.all_shots:
             if shot.verdict:
-                groups.setdefault((entry.category, entry.split), []).append(shot.verdict == "right")
+                column = f"{entry.split}{REFERENCE_COLUMN}" if shot is entry.reference else entry.split
+                groups.setdefault((entry.category, column), []).append(shot.verdict == "right")
     table: dict[str, dict[str, Any]] = {}
     for (category, split), right in groups.items():
         table.setdefault(category, {"category": category})[split] = sum(right) / len(right)
@@ -142,7 +153,8 @@ def _is_small(entries: Sequence[Entry]) -> bool:
 
 def _block(sheet: Image.Image, entry: Entry, left: int, top: int, per_block: int, width: int) -> None:
     draw = ImageDraw.Draw(sheet)
-    for k, shot in enumerate(entry.shots[:per_block]):
+    shown = (*entry.shots[: per_block - 1], entry.reference) if entry.reference else entry.shots[:per_block]
+    for k, shot in enumerate(shown):
         x = left + k * (TILE + 4)
         with Image.open(shot.file) as image:
             smooth = Image.Resampling.LANCZOS if image.width > TILE else Image.Resampling.NEAREST
@@ -156,7 +168,8 @@ def _block(sheet: Image.Image, entry: Entry, left: int, top: int, per_block: int
         lines = [lines[0], lines[1][:-1] + "…"]
     for n, line in enumerate(lines):
         draw.text((left, top + TILE + 9 + 15 * n), line, font=font, fill=INK)
-    note = " · ".join(part for part in (entry.category, entry.split) if part)
+    last = "last: reference prior" if entry.reference else ""
+    note = " · ".join(part for part in (entry.category, entry.split, last) if part)
     draw.text((left, top + TILE + 10 + 15 * len(lines)), note, font=small, fill=FAINT)
 
 

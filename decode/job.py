@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..pipeline.core import hub
 from ..pipeline.core.card import Scheduler, resolve
 from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.registry import find
 from ..pipeline.core.section import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE
-from .layouts import DEFAULT_SAMPLES, Picture, plan, slug
+from .layouts import DEFAULT_SAMPLES, Picture, beside, plan, slug
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Job:
     pictures: tuple[Picture, ...]
     folder: Path
     prior: str
+    reference: str | None  # of the pictures `by_reference`
     steps: int
     guidance_scale: float
     scheduler: str | None
@@ -92,6 +94,13 @@ def plan_job(ws: Workspace, options: Options) -> Job:
     size = (options.width or card.decoder.image_size, options.height or card.decoder.image_size)
     negative = (options.negative_prompt or "").strip() or None
     _check_decoder(card.decoder, steps, guidance, scheduler, options.blank_decoder_text, negative, size)
+    is_stage = options == Options()
+    # Prompts that a judge knows are shown with what training on gives, where the card says what did.
+    reference = None
+    if is_stage and find("judge", card.source.kind) is not None and not card.render.prompts and card.evaluate.reference:
+        reference = resolve(card.evaluate.reference)
+        _require_place(reference, "reference prior", hint="name another in the card's evaluate.reference, or none")
+        pictures += beside(pictures)
     settings = {
         "layout": layout,
         "samples": samples,
@@ -106,13 +115,14 @@ def plan_job(ws: Workspace, options: Options) -> Job:
         "scheduler": scheduler,
         "blank_decoder_text": options.blank_decoder_text,
         **({"negative_prompt": negative} if negative else {}),
+        **({"reference": prior_identity(reference)} if reference else {}),
     }
-    is_stage = options == Options()
     return Job(
         prompts=tuple(prompts),
         pictures=tuple(pictures),
         folder=_folder(ws, options, is_stage, settings),
         prior=prior,
+        reference=reference,
         steps=steps,
         guidance_scale=guidance,
         scheduler=scheduler,

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..pipeline.core.errors import UsageError
@@ -20,11 +20,15 @@ MAX_NAME_BYTES = 220  # of 255, so that a temporary name beside it fits too
 
 @dataclass(frozen=True)
 class Picture:
-    """One file: a picture, or with several seeds a 2×2 grid. `path` is relative to the output directory."""
+    """One file: a picture, or with several seeds a 2×2 grid. `path` is relative to the output directory.
+
+    by_reference: made by the card's reference prior, in place of the job's own.
+    """
 
     path: Path
     prompt: int
     seeds: tuple[int, ...]
+    by_reference: bool = False
 
 
 def plan(layout: str, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Picture]:
@@ -77,6 +81,14 @@ def _require_readable(layout: str, prompts: Sequence[Prompt]) -> None:
                 where=where,
                 hint="name the folder of DPG-Bench's prompts, a .txt file each",
             )
+
+
+def beside(pictures: Sequence[Picture]) -> list[Picture]:
+    """The first picture of each prompt once more, for the reference prior, with the same seed."""
+    first: dict[int, Picture] = {}
+    for picture in pictures:
+        first.setdefault(picture.prompt, picture)
+    return [replace(p, path=Path("reference", p.path.name), by_reference=True) for p in first.values()]
 
 
 def _path(layout: str, i: int, k: int, prompt: Prompt, samples: int) -> Path:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # Where the layouts put pictures, and what `_write_batch` writes into each: how pictures are told from other people's.
-PLACES = ("samples/*.png", f"{'[0-9]' * 5}/samples/*.png")
+PLACES = ("samples/*.png", "reference/*.png", f"{'[0-9]' * 5}/samples/*.png")
 MARKS = ("prior", "encoder", "decoder", "steps", "guidance_scale")
 
 
@@ -145,6 +145,8 @@ def _own_pictures(folder: Path) -> list[str]:
 
 def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture]) -> _Models:
     """What the missing pictures need. Encoder, prior and decoder are in memory one after the other, never together."""
+    import torch
+
     from ..pipeline.core.card import resolve
     from .conditioning import encode_texts, load_encoder, pick_device, predict, unconditional
     from .decoder import load_decoder
@@ -164,6 +166,10 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
     shots = [(row_of[picture.prompt], seed) for picture in missing for seed in picture.seeds]
     rows = [row for row, _ in shots]
     embeddings = predict(job.prior, texts, rows, [seed for _, seed in shots], device)
+    if job.reference is not None:
+        own = torch.tensor([picture.by_reference for picture in missing for _ in picture.seeds])
+        others = predict(job.reference, texts, rows, [seed for _, seed in shots], device)
+        embeddings = torch.where(own[:, None], others, embeddings)
     if nothing is not None:
         seed = picture_seed(job.seed, str(job.negative_prompt), 0)
         blank = replace(blank, negative=predict(job.prior, nothing, [0], [seed], device)[0])
@@ -233,7 +239,8 @@ def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Imag
         info = PngInfo()
         info.add_itxt("prompt", job.prompts[picture.prompt].text)
         for key in (*MARKS, *(["negative_prompt"] if job.negative_prompt else [])):
-            info.add_itxt(key, str(job.settings[key]))
+            of = "reference" if picture.by_reference and key == "prior" else key
+            info.add_itxt(key, str(job.settings[of]))
         info.add_text("seed", " ".join(str(seed) for seed in picture.seeds))
         with atomic_path(job.folder / picture.path) as temporary:
             (own[0] if len(own) == 1 else _grid(own)).save(temporary, format="PNG", pnginfo=info)
@@ -260,9 +267,12 @@ def _show(ws: Workspace, progress: Progress, job: Job, *, made: int) -> dict[str
     entries = _entries(ws, job)
     decoder = f"{ws.card.decoder.kind}, {job.steps} steps, guidance {job.guidance_scale:g}"
     settings = [("prior", job.settings["prior"]), ("decoder", decoder), ("seed", job.settings["seed"])]
+    if job.reference is not None:
+        settings.insert(1, ("reference prior", job.settings["reference"]))
     contact_sheet(entries, job.folder / "contact_sheet.png")
     html_gallery(entries, job.folder / "index.html", title=f"Pictures from text: {ws.card.name}", settings=settings)
     verdicts = [shot.right for entry in entries for shot in entry.shots if shot.right is not None]
+    reference = [entry.reference.right for entry in entries if entry.reference and entry.reference.right is not None]
     return {
         "prompts": len(job.prompts),
         "pictures": len(job.pictures),
@@ -272,6 +282,7 @@ def _show(ws: Workspace, progress: Progress, job: Job, *, made: int) -> dict[str
         "gallery": str(job.folder / "index.html"),
         "contact_sheet": str(job.folder / "contact_sheet.png"),
         **({"right": round(sum(verdicts) / len(verdicts), 4)} if verdicts else {}),
+        **({"right_reference": round(sum(reference) / len(reference), 4)} if reference else {}),
     }
 
 
@@ -290,6 +301,7 @@ def _entries(ws: Workspace, job: Job) -> list[Entry]:
 
     judge = find("judge", ws.card.source.kind)
     shots: list[list[Shot]] = [[] for _ in job.prompts]
+    references: dict[int, Shot] = {}
     for picture in job.pictures:
         prompt, shot = job.prompts[picture.prompt], Shot(job.folder / picture.path, " ".join(map(str, picture.seeds)))
         if judge is not None and len(picture.seeds) == 1:
@@ -297,8 +309,11 @@ def _entries(ws: Workspace, job: Job) -> list[Entry]:
                 verdict = judge(image, prompt)
             if verdict is not None:
                 shot = replace(shot, right=verdict.right, facts=verdict.facts)
-        shots[picture.prompt].append(shot)
+        if picture.by_reference:
+            references[picture.prompt] = shot
+        else:
+            shots[picture.prompt].append(shot)
     return [
-        Entry(prompt.text, tuple(own), prompt.category, prompt.split)
-        for prompt, own in zip(job.prompts, shots, strict=True)
+        Entry(prompt.text, tuple(own), prompt.category, prompt.split, references.get(i))
+        for i, (prompt, own) in enumerate(zip(job.prompts, shots, strict=True))
     ]

@@ -76,6 +76,30 @@ def test_the_stage_renders_the_world_once_and_says_so(ws: Workspace) -> None:
     assert render(ws, QUIET) == {**summary, "already_complete": True}
 
 
+def test_a_reference_prior_draws_the_world_s_prompts_once_more(ws: Workspace, tmp_path: Path) -> None:
+    """Beside the first picture of each prompt, with its seed; what a user asks for is drawn by one prior alone."""
+    other = save_tiny_prior(tmp_path / "other", seed=4)
+    named = ws.card.evaluate.model_copy(update={"reference": str(other)})
+    ws.card.model_copy(update={"evaluate": named}).dump(ws.card_path)
+    ws = Workspace.open(ws.root)
+    summary = render(ws, QUIET)
+    assert (summary["prompts"], summary["pictures"], summary["made"]) == (48, 96, 96)
+    assert 0 <= summary["right_reference"] <= 1
+    shown = pixels(Path(summary["folder"]))
+    alone = render(ws, QUIET, prior=str(other), out=tmp_path / "alone")
+    assert alone["pictures"] == 48 and "right_reference" not in alone
+    theirs = {name.replace("samples/", "reference/"): x for name, x in pixels(tmp_path / "alone").items()}
+    assert equal({name: x for name, x in shown.items() if name.startswith("reference/")}, theirs)
+    page = Path(summary["gallery"]).read_text(encoding="utf-8")
+    assert page.count('class="reference"') == 48 and "seen compositions, reference prior" in page
+    one = next(Path(summary["folder"], "reference").iterdir())
+    with Image.open(one) as image, Image.open(tmp_path / "alone" / "samples" / one.name) as same:
+        assert image.info["prior"] == same.info["prior"] and image.info["seed"] == same.info["seed"]
+    one.unlink()
+    forget(ws, "render")
+    assert render(ws, QUIET)["made"] == 1
+
+
 def test_what_a_picture_was_made_with_travels_in_it(ws: Workspace) -> None:
     texts = ["a königin, 日本"]
     summary = render(ws, QUIET, prompts=texts, samples=1)
