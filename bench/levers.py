@@ -38,7 +38,7 @@ def main() -> None:
         "`eclipse evaluate`, and none is a caption of the training.",
         table(columns, rows),
         "Two larger priors, `small` (4 layers of width 256) and `deep` (8 of 192, λ 0.05), 1,024 pairs a step, on "
-        "scenes drawn while they trained: *reference at so many steps* under the shipped decoder. The last rows are after "
+        "scenes drawn while they trained, at so many steps under the shipped decoder. The last rows are after "
         f"{found['trained']['small']:,} steps; their *new decoder* is a UNet trained {found['trained']['unet']:,} "
         "steps further, which does not ship, with the MoVQ that does.",
         table(["prior, steps or decoder", "seen", "unseen", *CATEGORIES], reference),
