@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,57 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     pass
+
+
+def shared(
+    card: Card = None,
+    workspace: Root = None,
+    cluster: Cluster = "local",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The options that every stage takes: `stage` appends them to its own."""
+
+
+def stage(options_of: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Make a command of a function that has a stage's name, its own options and its help, and returns those for it.
+
+    Options left at None are the stage's own to decide. What the function raises is shown like what the stage raises.
+    """
+    name = options_of.__name__
+    own, more = (list(signature(each, eval_str=True).parameters.values()) for each in (options_of, shared))
+
+    def command(
+        card: str | None,
+        workspace: Path | None,
+        cluster: str,
+        overwrite: bool,
+        quiet: bool,
+        as_json: bool,
+        debug: bool,
+        **given: Any,
+    ) -> None:
+        from .pipeline.core.results import show_stage
+        from .pipeline.run import cluster_option, locate, run_stage
+
+        def work(progress: Progress) -> dict[str, Any]:
+            options = {**options_of(**given), **cluster_option(name, cluster)}
+            if name == "render" and options["prior"] is not None:
+                from .decode.export import workspace_for
+
+                ws = workspace_for(card, workspace, options["prior"], progress)
+            else:
+                ws = locate(card, workspace, progress)
+            return run_stage(ws, name, progress, overwrite=overwrite, **options)
+
+        present(work, lambda summary: show_stage(name, summary), quiet=quiet, as_json=as_json, debug=debug)
+
+    command.__name__, command.__doc__ = name, options_of.__doc__
+    command.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]  what Typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
+    return app.command()(command)
 
 
 @app.command()
@@ -211,10 +264,8 @@ def why(
     )
 
 
-@app.command()
+@stage
 def download(
-    card: Card = None,
-    workspace: Root = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="So many pictures for now.")] = None,
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="SHARE", help="Such a share for now, by a hash of the URLs: 1%.")
@@ -225,12 +276,7 @@ def download(
             "--retry-failed", metavar="all|REASON,…", help="Fetch what failed, for these reasons, into further shards."
         ),
     ] = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Fetch the card's pictures into image shards.
 
     img2dataset writes them as WebDataset tars; a resumed download fetches what is missing. What is asked for by --limit
@@ -244,24 +290,16 @@ def download(
       eclipse download --sample 1%
       eclipse download --retry-failed timed_out,http_503
     """
-    options = {"limit": limit, "sample": sample, "retry_failed": retry_failed}
-    _stage("download", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
+    return {"limit": limit, "sample": sample, "retry_failed": retry_failed}
 
 
-@app.command()
+@stage
 def embed(
-    card: Card = None,
-    workspace: Root = None,
     gpus: Gpus = None,
     text_states: Annotated[
         bool | None, typer.Option("--text-states/--no-text-states", help="Store token states; the card decides.")
     ] = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Turn image shards into CLIP features.
 
     One memory-mapped Parquet part a shard; finished parts are kept when it is run again.
@@ -272,13 +310,11 @@ def embed(
       eclipse embed --gpus 8
       eclipse embed --cluster ray --no-text-states
     """
-    _stage("embed", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, text_states=text_states)
+    return {"gpus": gpus, "text_states": text_states}
 
 
-@app.command()
+@stage
 def filter(
-    card: Card = None,
-    workspace: Root = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write no verdict: say what each rule would drop, alone and in sequence.")
     ] = False,
@@ -286,12 +322,7 @@ def filter(
         list[str] | None,
         typer.Option("--rule", metavar="KEY=VALUE", help="A key of the card's filter section, for this run; repeat."),
     ] = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Find copies and bad pairs by the card's rules.
 
     Each row gets a verdict with a reason in selection.parquet; nothing is deleted. What takes long is kept, so that
@@ -303,14 +334,11 @@ def filter(
       eclipse filter --dry-run --rule preset=datacomp_basic --rule min_side=256
       eclipse filter --overwrite        after changing the rules in eclipse.yaml
     """
-    options = {"dry_run": dry_run or None, "rules": rule or None}
-    _stage("filter", card, workspace, cluster, overwrite, quiet, as_json, debug, **options)
+    return {"dry_run": dry_run or None, "rules": rule or None}
 
 
-@app.command()
+@stage
 def train(
-    card: Card = None,
-    workspace: Root = None,
     gpus: Gpus = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, max=10**9, help="Optimizer steps, instead of the card's.")
@@ -321,12 +349,7 @@ def train(
     init: Annotated[
         str | None, typer.Option("--init", metavar="DIR|HUB-ID", help="Prior to start from, instead of the card's.")
     ] = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Train the prior; an interrupted run resumes exactly.
 
     With more --steps than a finished run had, it goes on from there. On several nodes, start the same command under
@@ -339,12 +362,10 @@ def train(
       eclipse train --init ECLIPSE-Community/ECLIPSE_KandinskyV22_Prior
       torchrun --nnodes 2 --nproc-per-node 8 -m eclipse.cli train -w /shared/ws
     """
-    _stage(
-        "train", card, workspace, cluster, overwrite, quiet, as_json, debug, gpus=gpus, steps=steps, arm=arm, init=init
-    )
+    return {"gpus": gpus, "steps": steps, "arm": arm, "init": init}
 
 
-@app.command()
+@stage
 def render(
     prompts: Annotated[
         list[str] | None,
@@ -388,14 +409,7 @@ def render(
     blank_decoder_text: Annotated[
         bool, typer.Option("--blank-decoder-text", help="Hide the prompt from a decoder that reads it (Karlo).")
     ] = False,
-    card: Card = None,
-    workspace: Root = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Make pictures from prompts, and a gallery of them.
 
     Outside a workspace, --prior with an export or a hub id makes one from the data card that came with the prior.
@@ -407,46 +421,28 @@ def render(
       eclipse render prompts.txt --samples 4 --seed 1
       eclipse render geneval.jsonl --layout geneval --out geneval-pictures
     """
-    from .decode.export import workspace_for
     from .decode.prompts import typed
-    from .pipeline.core.results import show_stage
-    from .pipeline.run import cluster_option, run_stage
 
-    def work(progress: Progress) -> dict[str, Any]:
-        cluster_option("render", cluster)
-        options = {
-            "prompts": typed(prompts or []),
-            "negative_prompt": negative,
-            "out": out,
-            "layout": layout,
-            "samples": samples,
-            "seed": seed,
-            "prior": prior,
-            "width": width,
-            "height": height,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "scheduler": scheduler,
-            "prompt_column": prompt_column,
-            "blank_decoder_text": blank_decoder_text or None,
-        }
-        return run_stage(
-            workspace_for(card, workspace, prior, progress), "render", progress, overwrite=overwrite, **options
-        )
-
-    present(work, lambda summary: show_stage("render", summary), quiet=quiet, as_json=as_json, debug=debug)
+    return {
+        "prompts": typed(prompts or []),
+        "negative_prompt": negative,
+        "out": out,
+        "layout": layout,
+        "samples": samples,
+        "seed": seed,
+        "prior": prior,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "prompt_column": prompt_column,
+        "blank_decoder_text": blank_decoder_text or None,
+    }
 
 
-@app.command()
-def evaluate(
-    card: Card = None,
-    workspace: Root = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+@stage
+def evaluate() -> dict[str, Any]:
     """Measure the trained prior.
 
     In embedding space, and on the shapes card by pixel, beside the oracle.
@@ -456,7 +452,7 @@ def evaluate(
       eclipse evaluate
       eclipse evaluate --json > figures.json
     """
-    _stage("evaluate", card, workspace, cluster, overwrite, quiet, as_json, debug)
+    return {}
 
 
 @app.command()
@@ -566,29 +562,6 @@ def lab(
         return run(experiment, out, progress, dials, card=card)
 
     present(work, show_experiment, quiet=quiet, as_json=as_json, debug=debug)
-
-
-def _stage(
-    stage: str,
-    card: str | None,
-    workspace: Path | None,
-    cluster: str,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    **options: Any,
-) -> None:
-    """Call one stage and print its summary. Options left at None are the stage's own to decide."""
-    from .pipeline.core.results import show_stage
-    from .pipeline.run import cluster_option, locate, run_stage
-
-    def work(progress: Progress) -> dict[str, Any]:
-        where = cluster_option(stage, cluster)
-        ws = locate(card, workspace, progress)
-        return run_stage(ws, stage, progress, overwrite=overwrite, **options, **where)
-
-    present(work, lambda summary: show_stage(stage, summary), quiet=quiet, as_json=as_json, debug=debug)
 
 
 if __name__ == "__main__":

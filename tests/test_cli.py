@@ -16,6 +16,7 @@ from eclipse.cli import app
 from eclipse.pipeline.core.card import STAGES, Card
 from eclipse.pipeline.core.console import plain
 from eclipse.pipeline.core.errors import EclipseError, Terminated
+from eclipse.pipeline.core.source import expected_rows
 from eclipse.pipeline.core.workspace import Workspace
 from records import finish
 from typer.testing import CliRunner
@@ -79,14 +80,20 @@ def test_every_help_text_has_an_example(command: str):
 
 def test_init_then_status_in_the_current_directory(tmp_path: Path):
     made = eclipse("init", "shapes", "here", "--json", cwd=tmp_path)
-    assert json.loads(made.stdout) == {"workspace": str(tmp_path / "here"), "card": "shapes"}
+    assert json.loads(made.stdout) == {"workspace": str(tmp_path / "here"), "card": "shapes", "source": "shapes"}
     shown = eclipse("status", cwd=tmp_path / "here")
     assert shown.returncode == 0 and "next: eclipse download" in shown.stdout
 
 
 def test_cards_lists_and_prints(tmp_path: Path):
     listed = json.loads(eclipse("cards", "--json", cwd=tmp_path).stdout)["cards"]
-    assert listed["shapes"]["rows"] == 16_000 and listed["cc12m"]["prior"] == "kandinsky22"
+    assert (
+        listed["shapes"]["rows"] == expected_rows(Card.load("shapes").source)
+        and listed["cc12m"]["prior"] == "kandinsky22"
+    )
+    keys = json.loads(eclipse("cards", "--keys", "--json", cwd=tmp_path).stdout)["keys"]
+    assert keys["train.steps"]["decides"] == "train" and keys["train.microbatch"]["decides"] == "nothing"
+    assert keys["decoder.steps"] == {**keys["decoder.steps"], "type": "int", "decides": "render, evaluate"}
     printed = eclipse("cards", "coco", cwd=tmp_path)
     (tmp_path / "mine.yaml").write_text(printed.stdout)
     assert Card.load(tmp_path / "mine.yaml").name == "coco"

@@ -14,7 +14,8 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -421,8 +422,9 @@ def card_names() -> list[str]:
     return sorted(path.stem for path in CARDS.glob("*.yaml"))
 
 
-def every_key() -> Iterator[tuple[str, str, str]]:
-    """Each key of a card with its default and what it means; for `eclipse cards --keys`."""
+def every_key() -> Iterator[tuple[str, dict[str, str]]]:
+    """Each key of a card: type, default, the first stages that it decides, meaning. For `eclipse cards --keys`."""
+    decides = {(key.section, key.name): key.decides for key in keys()}
     for section in SECTIONS:
         models = get_args(get_args(Source)[0]) if section == "source" else _models_of(section)
         for model in models:
@@ -432,7 +434,26 @@ def every_key() -> Iterator[tuple[str, str, str]]:
                 default = (
                     "required" if required else json.dumps(field.get_default(call_default_factory=True), default=str)
                 )
-                yield f"{section}.{field.alias or name}{kind}", default, field.description or ""
+                yield (
+                    f"{section}.{field.alias or name}{kind}",
+                    {
+                        "type": _type_text(field.annotation),
+                        "default": default,
+                        "decides": ", ".join(decides[section, field.alias or name]) or "nothing",
+                        "meaning": field.description or "",
+                    },
+                )
+
+
+def _type_text(annotation: Any) -> str:
+    """`int | null`, `adamw | muon`: a key's type as somebody who writes YAML would say it."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_type_text, get_args(annotation)))
+    if annotation is NoneType:
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
 def find_card(name_or_path: str | Path) -> Path:
@@ -518,6 +539,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], stage: str | None
     old, new = (_flatten({key: renamed(card)[0].get(key) for key in SECTIONS}) for card in (before, after))
     idle = {f"{key.section}.{key.name}" for key in keys() if stage and not set(key.decides) & set(lineage(stage))}
     names = [name for name in dict.fromkeys([*old, *new]) if name not in idle]
+    names.sort(key=lambda name: not name.endswith(".kind"))  # what explains most of the others
     return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 

@@ -55,6 +55,8 @@ def present(
         raise typer.Exit(_fail(error, as_json=as_json, debug=debug)) from None
     if not is_main:
         return result
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        return result
     try:
         if as_json:
             print(_json(plain(result), indent=1))

@@ -57,7 +57,7 @@ def read_cards(name: str | None, *, keys: bool = False) -> dict[str, Any]:
     from .card import Card, card_names, every_key, find_card
 
     if keys:
-        return {"keys": {key: {"default": default, "meaning": meaning} for key, default, meaning in every_key()}}
+        return {"keys": dict(every_key())}
     if name is not None:
         card = Card.load(name)
         return {"card": card.model_dump(mode="json", by_alias=True), "text": find_card(name).read_text("utf-8")}
@@ -82,7 +82,9 @@ def _card_row(card: Any) -> dict[str, Any]:
 def show_cards(result: dict[str, Any]) -> None:
     """The list of cards, or the text of one: a file to start one's own from."""
     if "keys" in result:
-        table(["key", "default", "meaning"], [[key, *row.values()] for key, row in result["keys"].items()])
+        columns = ["key", "type", "default", "decides", "meaning"]
+        table(columns, [[key, *row.values()] for key, row in result["keys"].items()])
+        print("A key decides the outputs of the stages named, and of all that are built on them; the others stay good.")
         return
     if "text" in result:
         sys.stdout.write(result["text"])
