@@ -19,7 +19,8 @@ for number, cell in enumerate(json.load(open(sys.argv[1]))["cells"]):
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, f"cell {number}", "exec"), names)
     if last is not None:
-        print(repr(eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)).replace("\\n", " "))
+        value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
+        print("value:", repr(value).replace("\\n", " "))
 """
 
 
@@ -33,7 +34,8 @@ def test_every_cell_of_the_quick_start_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    opened, reasons, validation, parts, shape, picture = result.stdout.splitlines()
+    values = [line.removeprefix("value: ") for line in result.stdout.splitlines() if line.startswith("value: ")]
+    opened, reasons, validation, parts, shape, picture = values
     assert "done: download, embed, filter, train" in opened
     assert "exact_copy" in reasons and "cosine_image" in validation and "image_embedding" in parts
     assert shape == "torch.Size([4, 128])" and "256x256" in picture
