@@ -63,8 +63,11 @@ def main() -> None:
         while killed < options.kills and not finished:
             command = [sys.executable, "-P", "-m", "eclipse.cli", "download", "-w", str(shaken.root), "--quiet"]
             process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-            # Each life is long enough to start, and to get through some of the work that the undisturbed one did.
-            until = time.monotonic() + rng.uniform(0.1, 0.8) * whole
+            # One in four dies while it starts; the others at some moment after their first shard is under way.
+            early = rng.random() < 0.25
+            while not early and process.poll() is None and not any(shaken.images.glob(".tmp-fetch-*")):
+                time.sleep(0.01)
+            until = time.monotonic() + rng.uniform(0, 0.1) * whole
             while time.monotonic() < until and process.poll() is None:
                 time.sleep(0.01)
             finished = process.poll() == 0

@@ -121,6 +121,30 @@ def test_shards_that_appear_later_are_found_and_the_others_stay(tmp_path: Path):
         embed(ws, QUIET, gpus=0)
 
 
+def test_a_download_made_anew_leaves_the_parts_of_unchanged_shards(tmp_path: Path):
+    with serving({f"/{key}.jpg": picture_answer(data) for key, data, _ in PICTURES}) as web:
+        listed, rows = tmp_path / "list.parquet", [(web.url(f"/{key}.jpg"), c[0]) for key, _, c in PICTURES]
+
+        def write(count: int) -> None:
+            pq.write_table(
+                pa.table({"url": [u for u, _ in rows[:count]], "caption": [c for _, c in rows[:count]]}), listed
+            )
+
+        source = {"kind": "urls", "urls": str(listed), "rows_per_shard": 8, "allow_hosts": ["127.0.0.1"]}
+        ws = workspace(tmp_path / "ws", source)
+        write(24)
+        download(ws, QUIET)
+        assert embed(ws, QUIET, gpus=0)["parts"] == 3
+        stamps = {path.name: path.stat().st_mtime_ns for path in ws.embeddings.glob("part-*")}
+        write(12)
+        download(ws, QUIET, overwrite=True)
+    summary = embed(ws, QUIET, gpus=0)
+    assert (summary["parts"], summary["rows"]) == (2, 12)
+    now = {path.name: path.stat().st_mtime_ns for path in ws.embeddings.glob("part-*")}
+    changed = {name for name in stamps if now.get(name) != stamps[name]}
+    assert changed == {"part-00001.parquet", "part-00002.parquet"} and len(now) == 2
+
+
 def test_braces_lists_keys_of_json_and_memory_are_understood(tmp_path: Path):
     import fsspec
 
