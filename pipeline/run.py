@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .core.card import CARD_NAME, STAGES, Card, card_names
-from .core.errors import UsageError
+from .core.errors import EclipseError, UsageError
 from .core.progress import Progress
 from .core.registry import find
 from .core.source import FetchOptions
@@ -70,6 +71,8 @@ def run_stage(
     # Of pictures that are read where they lie there may be more by now: `embed` looks for itself.
     looks = stage == "embed" and not isinstance(ws.card.source, FetchOptions)
     if not overwrite and not asked and not looks and (done := ws.stage(stage).completed()):
+        if _leads() and _overview_is_old(ws):
+            _overview(ws, stage)
         return done
     if stage in ("render", "evaluate") and options.get("prior") is None:
         check_prior(ws, progress)
@@ -79,13 +82,26 @@ def run_stage(
         function = getattr(importlib.import_module(f"eclipse.{module_name}"), function_name)
     given = {name: value for name, value in options.items() if value is not None}
     summary = function(ws, progress, overwrite=overwrite, **given)
-    if os.environ.get("RANK", "0") == "0":
-        _overview(ws)
+    if _leads():
+        _overview(ws, stage)
     return summary
 
 
-def _overview(ws: Workspace) -> None:
-    importlib.import_module("eclipse.pipeline.report.index").index_page(ws)
+def _leads() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _overview(ws: Workspace, stage: str) -> None:
+    """Write the page of all stages, unless another command holds the workspace: that one will."""
+    with contextlib.suppress(EclipseError), ws.lock(stage):
+        importlib.import_module("eclipse.pipeline.report.index").index_page(ws)
+
+
+def _overview_is_old(ws: Workspace) -> bool:
+    """Whether a run was killed between its record and the page; what it left half-written goes with the lock."""
+    page = ws.reports / "index.html"
+    newest = max((path.stat().st_mtime_ns for path in ws.logs.glob("state/*.json")), default=0)
+    return not page.exists() or page.stat().st_mtime_ns < newest
 
 
 def run_all(
