@@ -217,7 +217,7 @@ def main() -> None:
             clock, processor = np.log(last / first) / grown, np.log(last_used / first_used) / grown
             body += f"\n\nTime grows with rows to the power of {clock:.2f}, processor time of {processor:.2f}."
         settings_filter = {**settings, "wrong captions planted": f"{WRONG_SHARE:.0%}", "copies": "5 %, within ±0.01"}
-        title = "The whole filter at a million rows"
+        title = "The whole filter"
         record(
             "python -m eclipse.bench.duplicates --part filter", title, body, settings_filter, machine, options.results
         )
