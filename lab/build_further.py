@@ -27,13 +27,12 @@ from torch import Tensor
 from ..pipeline.core.card import MODELS
 from ..pipeline.core.files import atomic_path
 from ..pipeline.embed.clip import Encoder
-from ..trainer.model.prior import PRESETS, WEIGHTS, Prior, save_prior
+from ..trainer.model.prior import PRESETS, WEIGHTS, Prior, PriorConfig, save_prior
 from .bank import ExampleBank, PairBank
-from .build_gpu import DEEP, movq_step, unet_step
 from .build_movq import load as load_movq
 from .build_unet import load as load_unet
 from .build_unet import negative_embedding
-from .decoder_steps import Step
+from .decoder_steps import Step, movq_step, unet_step
 from .device_judge import EVALUATED, Judge, PromptTexts, Sampler, judges, validation_prompts
 from .ensemble import Ensemble, Settings, Training, orders
 from .levers import SEEDS, Lever, combined, levers
@@ -42,6 +41,7 @@ from .score import encode_scenes
 from .shapes import World
 from .truth import evaluation_texts
 
+DEEP = PriorConfig(128, num_layers=8, num_attention_heads=6)
 REFERENCES = {
     "small": (PRESETS["small"], Settings(0, 1024, learning_rate=6e-3, warmup=200, ema=0.999, half=True)),
     "deep": (

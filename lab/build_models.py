@@ -1,7 +1,8 @@
 """Makes the lab's models again from seeds: `python -m eclipse.lab.build_models [STEP|all]`.
 
 Each step checkpoints beside its log in the build folder and goes on where it was interrupted; `pack` writes the
-finished models to `lab/models`, `card` measures them on fresh scenes.
+finished models to `lab/models`, `card` measures them on fresh scenes. `further`, on a GPU, trains the reference prior
+and the decoder in minutes and tries the levers of a short training; `install` puts its results into `lab/models`.
 """
 
 from __future__ import annotations
@@ -38,20 +39,14 @@ def build(
     wide_steps: int = 9_000,
     crowded_steps: int = 6_000,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda; of `rates` and `further`")] = "cpu",
-    processes: Annotated[int, typer.Option(help="that draw; of `rates` and `further`")] = 2,
-    minutes: Annotated[float, typer.Option(help="all told; of `further` and `reference`")] = 5.0,
-    seconds: Annotated[float, typer.Option(help="that each kind of step is timed; of `rates`")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; of `further`")] = "cpu",
+    processes: Annotated[int, typer.Option(help="that draw; of `further`")] = 2,
+    minutes: Annotated[float, typer.Option(help="all told; of `further`")] = 5.0,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
-    if step not in (*STEPS, "all", "rates", "further", "reference", "install"):
-        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, rates, further, reference, install")
+    if step not in (*STEPS, "all", "further", "install"):
+        raise typer.BadParameter(f"{step!r} is none of {', '.join(STEPS)}, all, further, install")
     torch.set_num_threads(threads)
-    if step == "rates":
-        from .build_gpu import rates
-
-        rates(device, processes, pictures, seconds, folder)
-        return
     if step == "further":
         from .build_further import further
 
@@ -61,11 +56,6 @@ def build(
         from .build_further import install
 
         install(folder, models, "small")
-        return
-    if step == "reference":
-        from . import build_reference
-
-        build_reference.build(folder, minutes)
         return
     wanted = STEPS if step == "all" else (step,)
     if set(wanted) - {"pack", "card"}:

@@ -1,5 +1,5 @@
 """One step of training the decoder on a device, UNet and MoVQ's decoder half, all examples drawn from what is resident
-there. Called by `build_gpu`.
+there. Called by `build_further`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..pipeline.core.card import MODELS
 from .build_movq import LATENT_CHANNELS, decode
-from .build_unet import RETOLD, Recipe, new_scheduler
+from .build_unet import RETOLD, Phase, Recipe, new_scheduler
+from .build_unet import load as load_unet
 from .graphs import captured
+
+RECIPE = Recipe(31, 512, 1e-3, (Phase(0, 0.05, 0.1, 0.3, 0.6, retold_share=0.3, crowded_share=0.4),))
 
 
 @dataclass
@@ -157,3 +161,22 @@ def movq_loss(
         return close + sum((seen.diff(dim=d) - truth.diff(dim=d)).abs().mean() for d in (2, 3))
 
     return loss
+
+
+def unet_step(examples: Examples, batch: int, device: str) -> tuple[Step, Any]:
+    """A step of the shipped UNet's further training, and the UNet."""
+    unet: Any = load_unet(MODELS / "decoder" / "unet").to(device, memory_format=torch.channels_last).train()  # type: ignore[call-arg]
+    recipe = Recipe(RECIPE.seed, batch, RECIPE.learning_rate, RECIPE.phases)
+    return Step(unet.parameters(), unet_loss(unet, examples, recipe), weight_decay=0.01, ema=0.999), unet
+
+
+def movq_step(movq: Any, examples: Examples, pixels: Tensor, batch: int) -> Step:
+    """A step of the further training of the MoVQ's decoder half."""
+    movq.requires_grad_(False)
+    trained = [*movq.decoder.parameters(), *movq.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_()
+    used = [p for n, p in movq.named_parameters() if p.requires_grad]
+    return Step(
+        used, movq_loss(movq, examples.latents, pixels, examples.every, batch, 0.05), weight_decay=0.0, ema=0.999
+    )

@@ -182,7 +182,6 @@ class Training:
         settings: Settings,
         pairs: Pairs,
         orders: list[Tensor] | None = None,
-        compiled: bool = False,
         rows: list[int] | None = None,
     ) -> None:
         self.ensemble, self.settings, self.pairs, self.orders = ensemble, settings, pairs, orders
@@ -192,7 +191,6 @@ class Training:
         self.rows = rows or pairs.shares(settings.batch_size)
         self.number, self.rate = (torch.zeros((), device=self.device) for _ in range(2))
         self.losses = torch.zeros(2, len(flat), device=self.device)
-        self._forward = torch.compile(forward, dynamic=False) if compiled else forward
         self._replay: Callable[[], None] | None = None
         self.done = 0
         # Muon owns the matrices, which come first in a row; AdamW the rest.
@@ -240,7 +238,7 @@ class Training:
         views = {n: v.to(dtype) for n, v in self.ensemble.views(weights).items()}
         noise = torch.randn_like(target)
         states = [s.to(dtype) for s in states]
-        guess = self._forward(self.ensemble.config, views, noise.to(dtype), text.to(dtype), states, lengths).float()
+        guess = forward(self.ensemble.config, views, noise.to(dtype), text.to(dtype), states, lengths).float()
         projection = (guess - target).square().mean((1, 2))
         logits = torch.bmm(F.normalize(guess, dim=2), F.normalize(text, dim=2).transpose(1, 2)) / settings.temperature
         own = torch.arange(logits.shape[1], device=self.device).expand(logits.shape[:2])

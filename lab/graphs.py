@@ -1,4 +1,4 @@
-"""One training update as one captured CUDA graph: small networks are bound by launches. Called by lab/build_gpu."""
+"""One training update as one captured CUDA graph: small networks are bound by launches. Called by lab/build_further."""
 
 from __future__ import annotations
 

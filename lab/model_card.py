@@ -13,21 +13,23 @@ from jinja2 import Template
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..decode.conditioning import encode_texts
+from ..decode.conditioning import encode_texts, predict
+from ..decode.decoder import Unconditional
 from ..decode.layouts import picture_seed
 from ..pipeline.core.card import Card
 from ..pipeline.core.files import atomic_path, write_json
 from ..pipeline.core.progress import Progress
 from ..pipeline.embed.clip import Encoder
-from . import build_unet
+from ..trainer.model.prior import load_prior
+from . import build_further, build_unet
 from .checker import judge, read_all
-from .score import FRESH, decode_pictures, encode_scenes
+from .score import FRESH, SPLITS, category_means, decode_pictures, encode_scenes
 from .shapes import CATEGORIES, Prompt, Scene, World
 
 ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
 SCENES_A_MEAN = 24
 TRAINED = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "unet-crowded")  # whose logs the card quotes
-Accuracies = dict[str, float]
+Accuracies = dict[str, float]  # by category
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,12 @@ def embed_captions(encoder: Encoder, captions: list[str], batch: int = 250) -> T
     return torch.cat([part.embedding for part in parts])
 
 
-def measure_decoder(encoder: Encoder, world: World, card: Card, each: int, progress: Progress) -> dict[str, Accuracies]:
-    """Accuracy a category decoding true image embeddings (`oracle`), means over those of several scenes that fulfil the
-    prompt (`mean`), and text embeddings (`text`).
+def measure_decoder(
+    encoder: Encoder, world: World, card: Card, reference: Path, each: int, progress: Progress
+) -> dict[str, dict[str, Accuracies]]:
+    """Accuracy, arm → split ("seen", "unseen", "all") → category, decoding true image embeddings (`oracle`), means over
+    those of several scenes that fulfil the prompt (`mean`), text embeddings (`text`), and what the reference prior
+    predicts (`reference`).
     """
     prompts = [p for c in CATEGORIES for split in ("seen", "unseen") for p in world.prompts(c, each, split)]
     texts = encode_texts(encoder, [p.text for p in prompts], progress)
@@ -90,13 +95,14 @@ def measure_decoder(encoder: Encoder, world: World, card: Card, each: int, progr
         "text": embed_captions(encoder, [p.text for p in prompts]),
     }
     seeds = [picture_seed(0, p.text, 0) for p in prompts]
-    pictures = decode_pictures(card, embeddings, texts, seeds, None, "cpu", progress)
+    embeddings["reference"] = predict(str(reference), texts, range(len(prompts)), seeds, "cpu")
+    pictures = decode_pictures(card, embeddings, texts, seeds, Unconditional(), "cpu", progress)
     found = {}
     for arm, shown in pictures.items():
         scores = [judge(reading, prompt).score for reading, prompt in zip(read_all(shown), prompts, strict=True)]
-        found[arm] = {
-            c: float(np.mean([s for s, p in zip(scores, prompts, strict=True) if p.category == c])) for c in CATEGORIES
-        }
+        means = category_means(prompts, scores)
+        found[arm] = {split: {c: means[c][split] for c in means} for split in SPLITS}
+        found[arm]["all"] = {c: float(np.mean(list(means[c].values()))) for c in means}
     return found
 
 
@@ -107,15 +113,19 @@ def _mean_embeddings(encoder: Encoder, world: World, prompts: list[Prompt]) -> T
 
 
 def write_model_card(folder: Path, models: Path, card: Card, each: int, progress: Progress) -> dict[str, Any]:
-    """Measure everything and write `models/MODEL_CARD.md` and `models/figures.json`; returns the figures."""
+    """Measure everything and write `models/MODEL_CARD.md` and `models/figures.json`; returns the figures.
+
+    What was trained elsewhere, so that its log is not in `folder`, keeps the figures that it has.
+    """
+    before = json.loads((models / "figures.json").read_text(encoding="utf-8"))["training"]
     world = World()
     encoder = Encoder.load(f"local-dir:{models / 'clip'}")
     figures: dict[str, Any] = {
         "clip": asdict(measure_geometry(encoder, world)),
-        "decoder": measure_decoder(encoder, world, card, each, progress),
+        "decoder": measure_decoder(encoder, world, card, models / "prior", each, progress),
         "prompts_per_category": 2 * each,
         "sampling": {"steps": card.decoder.steps, "guidance_scale": card.decoder.guidance_scale},
-        "training": {name: _last(folder / f"{name}.jsonl") for name in TRAINED},
+        "training": {name: _last(folder / f"{name}.jsonl") or before[name] for name in TRAINED},
         "megabytes": round(sum(f.stat().st_size for f in models.rglob("*.safetensors")) / 1e6, 1),
     }
     write_json(models / "figures.json", figures)
@@ -137,12 +147,16 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         retold=build_unet.RETOLD,
         crowded=build_unet.CROWDED.phases[-1],
         scenes_a_mean=SCENES_A_MEAN,
+        further=json.loads((models / "further.json").read_text(encoding="utf-8")),
+        prior_parameters=sum(p.numel() for p in load_prior(models / "prior").parameters()),
+        prior_batch=build_further.REFERENCES["small"][1].batch_size,
+        movq_batch=build_further.Sizes.movq_batch,
     )
     with atomic_path(models / "MODEL_CARD.md") as beside:
         beside.write_text(text.rstrip() + "\n", encoding="utf-8")
     return figures
 
 
-def _last(log: Path) -> dict[str, float]:
-    """The last line of a training log."""
-    return json.loads(log.read_text().splitlines()[-1])
+def _last(log: Path) -> dict[str, float] | None:
+    """The last line of a training log, if there is one."""
+    return json.loads(log.read_text().splitlines()[-1]) if log.exists() else None

@@ -1,5 +1,5 @@
 """Draws scenes in many processes and encodes them on a device as they come, for training on far more pictures than are
-ever stored. Called by `build_gpu`.
+ever stored. Called by `build_further`.
 
 Workers draw, caption and tokenise (numpy alone); the caller's process encodes. What is kept of a picture is what a
 training reads: its embedding, its latents, its captions' token ids.
