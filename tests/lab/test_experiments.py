@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,6 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.card import Card
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
-from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.report.charts import dots
 from eclipse.trainer.data.split import split
 from tiny_workspace import make_workspace
@@ -248,8 +248,12 @@ def test_what_cannot_be_run_is_refused(name: str, dials: Dials, card: str | None
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path, card: str) -> None:
-    with Workspace(tmp_path).lock("lab sweep"), pytest.raises(EclipseError, match="in use by lab sweep"):
-        run("separation", tmp_path, QUIET, DIALS, card=card)
+    holder = {"stage": "lab sweep", "pid": 1, "host": "elsewhere", "since": "2026-01-01T00:00:00+0000"}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    with (tmp_path / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # a lock of its own, as another process would have it
+        with pytest.raises(EclipseError, match="in use by lab sweep, pid 1 on elsewhere"):
+            run("separation", tmp_path, QUIET, DIALS, card=card)
 
 
 def test_the_command_prints_the_tables_or_one_json(separation: dict[str, Any], card: str, tmp_path: Path) -> None:
