@@ -362,9 +362,10 @@ class Stage:
             if name != self.name and self.name in lineage(name) and not same:
                 with suppress(FileNotFoundError):
                     later.path("json").replace(later.path("stale.json"))
-        write_json(self.path("json"), sealed(asdict(state)))
+        # In this order: a run killed in between is finished once more, where a record of both would be neither.
         for ending in ("begun.json", "stale.json"):
             self.path(ending).unlink(missing_ok=True)
+        write_json(self.path("json"), sealed(asdict(state)))
         settle(self.ws, self.name, keep_new=True)
 
     def _digests(self) -> tuple[dict[str, int], dict[str, str]]:
