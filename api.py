@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pipeline.core.workspace import STAGES, Workspace
+from .pipeline.core.card import STAGES
+from .pipeline.core.workspace import Workspace
 
 if TYPE_CHECKING:
     import polars

@@ -17,7 +17,7 @@ from typing import Any
 
 from .card import CARD_NAME, STAGES, Card
 from .errors import EclipseError, UsageError
-from .files import TEMPORARIES, TEMPORARY_PREFIX, atomic_path, remove, write_json  # noqa: F401  (moved to files.py)
+from .files import TEMPORARIES, remove
 from .stage import Stage, settle
 
 TAKING_S = 0.5  # patience for a lock that `status` holds for a moment
