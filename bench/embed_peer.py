@@ -36,7 +36,7 @@ Contender = Callable[[], tuple[float, float]]  # → seconds, CPU seconds
 
 def ours(ws: Workspace) -> Contender:
     """Tars on disk to committed parts on disk; loading the encoder is not counted."""
-    spec = LaneSpec(ws.card.encoder.model, None, "fp32", (), text_states=True, card="", decode_threads=0)
+    spec = LaneSpec(ws.card.encoder.model, None, "fp32", (), text_states=True, card="")
     lane = spec.build("cpu")
 
     def run() -> tuple[float, float]:

@@ -71,7 +71,8 @@ def kandinsky() -> KandinskyDecoder:
     pipe.to(DEVICE, DTYPE)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.movq.to(memory_format=torch.channels_last)
-    return KandinskyDecoder(pipe, torch.randn(1280).to(DEVICE, DTYPE), (SIDES["kandinsky"],) * 2, DEVICE)
+    size = (SIDES["kandinsky"], SIDES["kandinsky"])
+    return KandinskyDecoder(pipe, torch.randn(1280).to(DEVICE, DTYPE), size, DEVICE)
 
 
 def karlo() -> KarloDecoder:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..pipeline.cache.vectors import unit
 from ..pipeline.core.progress import Progress
 from ..pipeline.filter.caption_mismatch import Evidence, wrong_captions
-from ..pipeline.filter.dedup import unit
 from ..pipeline.filter.rules import LEAST_POWER, MOST_WRONG
 from .results import arguments, hardware, record, table
 

@@ -107,7 +107,7 @@ def fetch(using: Client, *urls: str, auth: str = "", seconds: float = 20.0) -> l
     return [found[place] for place in range(len(urls))]
 
 
-def reasons(results: list[bytes | BaseException]) -> list[str]:
+def reasons(results: list[Any]) -> list[str]:
     found = []
     for result in results:
         assert isinstance(result, FetchError), result
