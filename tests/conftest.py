@@ -1,6 +1,13 @@
-"""Tests that need a GPU say so with `@pytest.mark.cuda`; elsewhere they are skipped, by name of the reason."""
+"""What holds for every test: no cluster but its own; tests that need a GPU are skipped elsewhere, by name of the reason.
+
+Such tests say so with `@pytest.mark.cuda`.
+"""
 
 from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; bench/gpu.py runs it where there is one"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_ray_folder() -> Iterator[None]:
+    """Ray notes its running cluster in a folder of the machine: one that was killed there would be waited for."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # sockets lie in it, whose paths must be short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
