@@ -1,4 +1,4 @@
-"""What holds for every test: no cluster but its own; tests that need a GPU are skipped elsewhere, by name of the reason.
+"""What holds for every test: no cluster but its own; what needs a GPU is skipped elsewhere, with its reason.
 
 Such tests say so with `@pytest.mark.cuda`.
 """
