@@ -109,8 +109,9 @@ def _table(validation: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shown = ("cosine_image", "similarity_own", "recall_1", "recall_10", "norm_ratio")
     names = [name for name in shown if validation and name in validation[-1]]
     chosen = sorted({round(i * (len(validation) - 1) / (SHOWN_POINTS - 1)) for i in range(SHOWN_POINTS)})
-    rows = [[f"{validation[i]['step']:,}", *(_number(validation[i].get(name)) for name in names)] for i in chosen]
-    return {"columns": ["step", *(_words(name) for name in names)], "rows": rows if validation else []}
+    lines = [validation[i] for i in chosen] if validation else []
+    rows = [[f"{line['step']:,}", *(_number(line.get(name)) for name in names)] for line in lines]
+    return {"columns": ["step", *(_words(name) for name in names)], "rows": rows}
 
 
 def _warnings(summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> list[str]:
