@@ -16,7 +16,8 @@ HEAVY = (
     "eclipse.cli", "eclipse.pipeline.run", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip",
     "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
     "scipy.sparse.csgraph", "eclipse.pipeline.download.stage", "eclipse.pipeline.embed.stage",
-    "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage", "eclipse.pipeline.report.stages",
+    "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage",
+    "eclipse.pipeline.report.download", "eclipse.pipeline.report.embed",
     "eclipse.trainer.stage", "eclipse.decode.render", "eclipse.decode.kandinsky", "eclipse.decode.gallery",
     "eclipse.lab.score",
 )  # fmt: skip

@@ -106,7 +106,7 @@ def download(
             work.note_list()
             work.fetch(asked, reasons)
         summary = work.account()
-        from ..report.stages import download_page
+        from ..report.download import download_page
 
         run.finish(summary, report=download_page(ws, summary["rejected"]))
     return run.summary

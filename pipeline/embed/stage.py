@@ -172,7 +172,7 @@ def _summary(ws: Workspace, run: EmbedRun) -> tuple[dict[str, Any], Path]:
             f"none of {totals['inputs']:,} inputs could be embedded", where=str(ws.rejected), hint="see its reasons"
         )
     from ..cache.store import Store
-    from ..report.stages import embed_page
+    from ..report.embed import embed_page
 
     assert run.meta is not None
     store = Store.open(ws.embeddings, encoder=run.meta.encoder_fingerprint)

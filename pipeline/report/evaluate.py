@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.workspace import Workspace
-from . import page as pages
-from .stages import Shots, percent, tile
+from .page import percent, stage_page, tile
+from .pictures import Shots
 
 if TYPE_CHECKING:
     from ..cache.store import Store
@@ -47,13 +47,12 @@ def evaluate_page(
         ]
         for own, others, likeness in zip(rows.tolist(), found.tolist(), cosine.tolist(), strict=True)
     ]
-    return pages.write_page(
-        ws.reports / "evaluate.html",
+    return stage_page(
+        ws,
+        "evaluate",
         "measure.html.j2",
         title="What the prior has learnt",
         lead=f"Measured in embedding space on {summary['rows']:,} rows that it was not trained on.",
-        footer=f"card {ws.card.name} · workspace {ws.root.name}",
-        links=pages.stage_links("Evaluate"),
         warnings=summary.get("warnings", []),
         tiles=[
             tile(f"{summary['cosine_image']:.3f}", "cosine to the true image", "good"),

@@ -13,8 +13,10 @@ import numpy as np
 from ..core.progress import Progress
 from ..core.workspace import Workspace
 from . import charts
-from . import page as pages
-from .stages import SHOWN, Shots, chart, shares, tile
+from .clusters import clusters
+from .page import chart, shares, stage_page, tile
+from .pictures import SHOWN, Shots
+from .words import SCORES, in_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,33 +26,13 @@ if TYPE_CHECKING:
 DRAWN = 200_000  # rows a histogram is drawn from
 CLUSTERED, CLUSTERS = 20_000, 16  # rows that are clustered, and into how many
 BESIDE = 6  # rows shown on each side of a threshold
-REASONS = {
-    "not_finite": "numbers that are none",
-    "small_picture": "picture too small",
-    "aspect_ratio": "picture too long or too wide",
-    "caption_length": "caption too short or too long",
-    "caption_pattern": "pattern in the caption",
-    "url_pattern": "pattern in the URL",
-    "other_language": "other language",
-    "expression": "condition of the card",
-    "low_aesthetic_score": "low aesthetic score",
-    "high_safety_score": "high safety score",
-    "low_clip_score": "low CLIP score",
-    "off_target": "unlike the targets",
-    "wrong_caption": "caption of another picture",
-    "evaluation_overlap": "in an evaluation set",
-    "repeated_caption": "caption of many pictures",
-    "exact_copy": "exact copy",
-    "near_copy": "near copy",
-    "semantic_duplicate": "semantic duplicate",
-}
 COPIES = {"exact_copy": "Exact copies", "near_copy": "Near copies", "semantic_duplicate": "Semantic duplicates"}
-# Rules that judge by one score of every row: its column, its name, and whether rows above the threshold are dropped.
+# Rules that judge by one score of every row: its column, and whether rows above the threshold are dropped.
 SCORED = {
-    "low_clip_score": ("clip_score", "CLIP score", False),
-    "low_aesthetic_score": ("aesthetic_score", "Aesthetic score", False),
-    "high_safety_score": ("safety_score", "Safety score", True),
-    "wrong_caption": ("wrong_probability", "Caption of another picture", True),
+    "low_clip_score": ("clip_score", False),
+    "low_aesthetic_score": ("aesthetic_score", False),
+    "high_safety_score": ("safety_score", True),
+    "wrong_caption": ("wrong_probability", True),
 }
 
 
@@ -72,7 +54,7 @@ def filter_page(
         reason = table["reason"].combine_chunks()
         names = reason.dictionary.to_pylist()
         code = np.asarray(reason.indices.fill_null(-1))
-        scores = {name: np.asarray(table[name].to_numpy(), np.float32) for name, _, _ in SCORED.values()}
+        scores = {name: np.asarray(table[name].to_numpy(), np.float32) for name, _ in SCORED.values()}
         similarity = np.asarray(table["copy_similarity"].to_numpy(), np.float32)
         of = table["duplicate_of"].combine_chunks()
         part, row = (np.asarray(of.field(name).fill_null(0)) for name in ("part", "row"))
@@ -94,7 +76,7 @@ def filter_page(
         # Rows to show: groups of copies, both sides of each threshold, rejected captions, kept ones.
         groups = {name: _largest_groups(rejected(name), keeper) for name in COPIES}
         sides = []
-        for name, (column, title, above) in SCORED.items():
+        for name, (column, above) in SCORED.items():
             threshold = funnel.get(name, {}).get("threshold")
             if threshold is not None and funnel[name]["rejected"]:
                 value = scores[column]
@@ -102,13 +84,13 @@ def filter_page(
                 sign = 1 if above else -1
                 dropped = dropped[np.argsort(sign * value[dropped], kind="stable")[:BESIDE]]
                 stayed = stayed[np.argsort(-sign * value[stayed], kind="stable")[:BESIDE]]
-                sides.append((title, column, threshold, dropped, stayed))
+                sides.append((column, threshold, dropped, stayed))
         faint = rejected("near_copy")
         faint = faint[np.argsort(similarity[faint], kind="stable")[:BESIDE]]
         wrong, at_random = some(rejected("wrong_caption")), some(np.flatnonzero(kept))
         members, share = _clusters(store, kept, code, names, some(np.arange(len(table)), CLUSTERED))
         shown = [np.array(g, np.int64) for found in groups.values() for g, _ in found]
-        shown += [rows for _, _, _, *both in sides for rows in both] + [faint, keeper[faint], wrong, at_random]
+        shown += [rows for _, _, *both in sides for rows in both] + [faint, keeper[faint], wrong, at_random]
         shown += [members.ravel(), np.array([n for i, j, _ in near_misses for n in (i, j)], np.int64)]
         shots = Shots(ws, store, np.concatenate(shown).tolist())
         task.advance()
@@ -119,21 +101,20 @@ def filter_page(
                 shots(second, tag, tone),
             ]
 
-        path = pages.write_page(
-            ws.reports / "filter.html",
+        path = stage_page(
+            ws,
+            "filter",
             "filter.html.j2",
             title="What was kept, and why",
             lead=f"{summary['kept']:,} of {summary['rows']:,} rows go into training.",
-            footer=f"card {ws.card.name} · workspace {ws.root.name}",
-            links=pages.stage_links("Filter"),
             warnings=summary.get("warnings", []),
             tiles=[
                 tile(summary["kept"], "rows kept", "good"),
                 tile(sum(summary["rejected"].values()), "rows rejected"),
-                *(tile(n, REASONS[name]) for name, n in summary["rejected"].items()),
+                *(tile(n, in_words(name)) for name, n in summary["rejected"].items()),
             ],
-            funnel=[{"name": REASONS[name], "left": v["seen"] - v["rejected"], **v} for name, v in funnel.items()],
-            rejected=shares({REASONS[k]: n for k, n in summary["rejected"].items()}, summary["rows"]),
+            funnel=[{"name": in_words(name), "left": v["seen"] - v["rejected"], **v} for name, v in funnel.items()],
+            rejected=shares(summary["rejected"], summary["rows"]),
             charts=figures,
             copies=[
                 (
@@ -151,12 +132,12 @@ def filter_page(
             ],
             sides=[
                 {
-                    "title": title,
+                    "title": SCORES[column][0],
                     "threshold": f"{threshold:.3g}",
                     "dropped": [shots(r, f"{scores[column][r]:.3f}", "bad") for r in dropped],
                     "stayed": [shots(r, f"{scores[column][r]:.3f}", "good") for r in stayed],
                 }
-                for title, column, threshold, dropped, stayed in sides
+                for column, threshold, dropped, stayed in sides
             ],
             faint=[pair(int(keeper[r]), int(r), f"copy {similarity[r]:.3f}", "bad") for r in faint],
             misses=[pair(i, j, f"no copy {value:.3f}", "good") for i, j, value in near_misses],
@@ -165,7 +146,7 @@ def filter_page(
                 {
                     "shots": [shots(r) for r in rows.tolist()],
                     "name": f"{dropped:.0%} dropped",
-                    "note": f"{size:.1%} of the rows" + (f"; most often: {REASONS[why]}" if why else ""),
+                    "note": f"{size:.1%} of the rows" + (f"; most often: {in_words(why)}" if why else ""),
                 }
                 for rows, (size, dropped, why) in zip(members, share, strict=True)
             ],
@@ -183,25 +164,19 @@ def _charts(
     funnel: dict[str, dict[str, Any]],
 ) -> list[dict[str, str]]:
     """Every score that there is, of kept and rejected rows, with the threshold of its rule; how alike copies are."""
-    notes = {
-        "clip_score": "cosine of picture and caption",
-        "aesthetic_score": "of the picture, by the card's head",
-        "safety_score": "of the picture, by the card's head; the higher the less safe",
-        "wrong_probability": "probability, against captions dealt at random",
-    }
     found = []
-    for rule, (column, title, _) in SCORED.items():
+    for rule, (column, _) in SCORED.items():
         value, stays = scores[column][drawn], kept[drawn]
         if not np.isfinite(value).any():
             continue
         threshold = funnel.get(rule, {}).get("threshold")
         svg = charts.histogram(
             {"kept": value[stays], "rejected": value[~stays]},
-            label=notes[column].partition(",")[0],
+            label=SCORES[column][1].partition(",")[0],
             marks={} if threshold is None else {"threshold": threshold},
             log=column == "wrong_probability",
         )
-        found.append(chart(title, notes[column], svg))
+        found.append(chart(*SCORES[column], svg))
     if len(copies):
         threshold = funnel["near_copy"]["threshold"]
         svg = charts.histogram({"copies": copies[:DRAWN]}, label="cosine", marks={"threshold": threshold})
@@ -230,33 +205,11 @@ def _clusters(
 
     Most dropped first. Clusters of fewer than three sampled rows are left out.
     """
-    from ..cache.vectors import unit
-
-    embedding = store.image_embeddings(rows).astype(np.float32)
-    sound = np.isfinite(embedding).all(1)
-    rows, embedding = rows[sound], unit(embedding[sound])
-    none = np.empty((0, 3), np.int64)
-    if len(rows) < 3 * CLUSTERS:
-        return none, []
-    embedding -= embedding.mean(0)  # what all pictures share says nothing about which are alike
-    rng = np.random.default_rng(0)
-    centre = embedding[rng.choice(len(rows), CLUSTERS, replace=False)]
-    label = np.zeros(len(rows), np.int64)
-    for _ in range(10):
-        label = (embedding @ unit(centre).T).argmax(1)
-        member = (label[:, None] == np.arange(CLUSTERS)).astype(np.float32)
-        total, filled = member.T @ embedding, member.any(0)
-        centre[filled] = total[filled]
-    near = np.einsum("nd,nd->n", embedding, unit(centre)[label])
     found = []
-    for one in range(CLUSTERS):
-        inside = np.flatnonzero(label == one)
-        if len(inside) < 3:
-            continue
-        why = code[rows[inside]]
+    for inside in clusters(store, rows, CLUSTERS):
+        why = code[inside]
         reasons = np.bincount(why[why >= 0], minlength=max(len(names), 1))
         chief = names[int(reasons.argmax())] if reasons.any() else ""
-        middle = rows[inside[np.argsort(-near[inside], kind="stable")[:3]]]
-        found.append((middle, (len(inside) / len(rows), float(1 - kept[rows[inside]].mean()), chief)))
+        found.append((inside[:3], (len(inside) / len(rows), float(1 - kept[inside].mean()), chief)))
     found.sort(key=lambda item: -item[1][1])
     return np.array([middle for middle, _ in found], np.int64).reshape(-1, 3), [about for _, about in found]

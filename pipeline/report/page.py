@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.files import atomic_path
+from .words import in_words
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..core.workspace import Workspace
 
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST_SIDE = 256  # pixels of a picture on a page; smaller ones are embedded as they are
@@ -27,7 +30,7 @@ STAGES = (
 
 
 def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **context: Any) -> Path:
-    """Render `template` (looked up in `folders`, then in pipeline/templates) to `path`, whole or not at all.
+    """Render `template` (looked up in `folders`, then in pipeline/report/templates) to `path`, whole or not at all.
 
     base.html.j2 reads title, lead, footer and links: pairs of name and address, None for the page itself.
     """
@@ -46,10 +49,40 @@ def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **con
     return path
 
 
+def stage_page(ws: Workspace, stage: str, template: str, **context: Any) -> Path:
+    """Write the page of a stage, reports/STAGE.html, with its place in the navigation and the footer they share."""
+    links, path = stage_links(stage.capitalize()), ws.reports / f"{stage}.html"
+    return write_page(path, template, footer=f"card {ws.card.name} · workspace {ws.root.name}", links=links, **context)
+
+
 def stage_links(current: str) -> list[tuple[str, str | None]]:
     """The navigation of a stage's page, up to itself: those of later stages may not be there yet."""
     names = [name for name, _ in STAGES]
     return [(name, None if name == current else file) for name, file in STAGES[: names.index(current) + 1]]
+
+
+def tile(value: float | str, label: str, tone: str = "") -> dict[str, str]:
+    """One large figure of a page's head."""
+    return {"value": f"{value:,}" if isinstance(value, int) else str(value), "label": label, "tone": tone}
+
+
+def chart(title: str, note: str, svg: str) -> dict[str, str]:
+    """One chart with its heading and one line of explanation."""
+    return {"title": title, "note": note, "svg": svg}
+
+
+def shares(reasons: dict[str, int], total: int) -> list[dict[str, Any]]:
+    """Rows of a table of counts by reason, in words and with their shares of `total`, largest first."""
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    most = max(reasons.values(), default=1)
+    return [
+        {"name": in_words(code), "code": code, "count": n, "share": n / max(total, 1), "length": n / most}
+        for code, n in ordered
+    ]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def data_uri(image: Image.Image | bytes) -> tuple[str, bool]:

@@ -10,8 +10,7 @@ import numpy as np
 
 from ..core.workspace import Workspace
 from . import charts
-from . import page as pages
-from .stages import chart, percent, tile
+from .page import chart, percent, stage_page, tile
 
 # The curves of the training's own figures: what each is, and how to read it.
 TRAINING = {
@@ -52,13 +51,12 @@ def train_page(ws: Workspace, lines: Sequence[Mapping[str, Any]], summary: Mappi
     validation = [line for line in lines if line["kind"] == "validation"]
     last = validation[-1] if validation else {}
     options = ws.card.train.model_dump(mode="json", by_alias=True)
-    return pages.write_page(
-        ws.reports / "train.html",
+    return stage_page(
+        ws,
+        "train",
         "train.html.j2",
         title="How the training went",
         lead=f"{summary['steps']:,} steps on {summary['train_rows']:,} rows; {summary['validation_rows']:,} held back.",
-        footer=f"card {ws.card.name} · workspace {ws.root.name}",
-        links=pages.stage_links("Train"),
         warnings=[*summary.get("warnings", []), *_warnings(summary, training)],
         tiles=[
             tile(f"{last['cosine_image']:.3f}" if "cosine_image" in last else "–", "cosine to the true image", "good"),

@@ -14,7 +14,7 @@ from eclipse.pipeline.core.errors import EclipseError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.filter.stage import filter_cache
-from eclipse.pipeline.report import stages as report
+from eclipse.pipeline.report import embed as report
 from synthetic_cache import Maker, Row
 
 QUIET = Progress(quiet=True)
