@@ -51,8 +51,9 @@ class Fetchers:
         """
         waiting = iter(orders)
         self._workers += [_Worker(self.spec, self._events) for _ in range(workers - len(self._workers))]
-        for worker in self._workers:
-            self._feed(worker, waiting)
+        for _ in range(SHARDS_AT_A_TIME):  # in turn: two shards are for two processes
+            for worker in self._workers:
+                self._feed(worker, waiting)
         while any(worker.shards for worker in self._workers):
             worker, event = self._events.get()
             if event is None:
@@ -73,7 +74,7 @@ class Fetchers:
                 self._feed(worker, waiting)
 
     def _feed(self, worker: _Worker, orders: Iterator[Order]) -> None:
-        while len(worker.shards) < SHARDS_AT_A_TIME and (order := next(orders, None)) is not None:
+        if len(worker.shards) < SHARDS_AT_A_TIME and (order := next(orders, None)) is not None:
             worker.give(*order)
 
     def _replace(self, worker: _Worker, advance: Callable[[int, int], None]) -> None:

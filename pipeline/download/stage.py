@@ -34,7 +34,7 @@ from .passes import Fates, Pass, foreign_files, read_metadata, read_passes, read
 from .pictures import Picture, PictureList, Target
 from .pool import Fetchers, Order
 from .url_list import UrlList
-from .worker import SHARD_DIGITS, SHARDS_AT_A_TIME, FetchSpec, shard_name, work_folder
+from .worker import SHARD_DIGITS, FetchSpec, shard_name, work_folder
 
 if TYPE_CHECKING:
     from ..core.progress import Progress, Task
@@ -296,7 +296,7 @@ class _Run:
 
             fetch_on_cluster(self.cluster, self.fetchers.spec, list(orders), advance)
             return
-        workers = max(1, min(_cores(self.source), -(-missing // SHARDS_AT_A_TIME)))
+        workers = min(_cores(self.source), missing)
         self.fetchers.fetch(orders, workers=workers, advance=advance)
 
     def _ordered(self, one: Pass, pictures: Iterator[Picture]) -> Iterator[Order]:
