@@ -198,8 +198,10 @@ def fetch_shard(
     import pyarrow as pa
     from img2dataset.writer import WebDatasetSampleWriter
 
-    module.ThreadPool = lambda threads: _current.pool
     images = Path(spec.images)
+    if (images / f"{shard_name(shard)}_stats.json").exists():
+        return  # whoever had it before died between its last file and the news of it
+    module.ThreadPool = lambda threads: _current.pool
     folder = work_folder(images, shard)
     orders = folder / "rows.arrow"
     with pa.ipc.open_file(orders) as file:

@@ -28,7 +28,10 @@ from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.download import stage
+from eclipse.pipeline.download.http import ClientSpec
+from eclipse.pipeline.download.pool import Fetchers
 from eclipse.pipeline.download.stage import download
+from eclipse.pipeline.download.worker import FetchSpec
 from eclipse.pipeline.images.decode import Sample, read_shard
 from eclipse.pipeline.images.rejects import read_rejected
 from shards import good_samples, picture, write_shard
@@ -260,6 +263,16 @@ def test_failures_of_the_open_web_are_retried_replaced_or_named(tmp_path: Path):
     shutil.rmtree(ws.logs / "state")  # as if it had been interrupted just before its end
     with pytest.raises(EclipseError, match="URL list changed"):
         download(ws, QUIET)
+
+
+def test_a_shard_whose_worker_died_just_after_its_last_file_is_finished(tmp_path: Path):
+    client = ClientSpec(timeout_s=1, concurrency=1, per_host=1, patience_s=1)
+    spec = FetchSpec(str(tmp_path), str(tmp_path / "log"), 64, "keep_ratio", "jpg", 10, client)
+    (tmp_path / "00003_stats.json").write_text("{}")
+    done: list[int] = []
+    with Fetchers(spec, print) as fetchers:
+        fetchers.fetch([(3, {})], workers=1, advance=lambda *_: done.append(1))
+    assert not done and not list(tmp_path.glob("00003.*"))
 
 
 def test_nothing_to_fetch_nothing_fetched_and_no_place_are_explained(tmp_path: Path):
