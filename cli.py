@@ -264,6 +264,37 @@ def why(
     )
 
 
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for, in quotes.")],
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, metavar="N", help="Pictures to show.")] = 24,
+    workspace: Root = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the embedded pictures nearest to a text.
+
+    By the encoder that embedded them, with the filter's verdict; reports/search.html shows them.
+
+    \b
+    Examples:
+      eclipse search "a red cube"
+      eclipse search "a watermark" --top 100
+    """
+    from .pipeline.core.results import show_search
+    from .pipeline.run import locate, write_overview
+    from .search import search as find
+
+    def work(progress: Progress) -> dict[str, Any]:
+        ws = locate(None, workspace, progress)
+        found = find(ws, text, progress, top=top)
+        write_overview(ws, "search")
+        return found
+
+    present(work, show_search, quiet=quiet, as_json=as_json, debug=debug)
+
+
 @stage
 def download(
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="So many pictures for now.")] = None,

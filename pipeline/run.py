@@ -72,7 +72,7 @@ def run_stage(
     looks = stage == "embed" and not isinstance(ws.card.source, FetchOptions)
     if not overwrite and not asked and not looks and (done := ws.stage(stage).completed()):
         if _leads() and _overview_is_old(ws):
-            _overview(ws, stage)
+            write_overview(ws, stage)
         return done
     if stage in ("render", "evaluate") and options.get("prior") is None:
         check_prior(ws, progress)
@@ -83,7 +83,7 @@ def run_stage(
     given = {name: value for name, value in options.items() if value is not None}
     summary = function(ws, progress, overwrite=overwrite, **given)
     if _leads():
-        _overview(ws, stage)
+        write_overview(ws, stage)
     return summary
 
 
@@ -91,7 +91,7 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _overview(ws: Workspace, stage: str) -> None:
+def write_overview(ws: Workspace, stage: str) -> None:
     """Write the page of all stages, unless another command holds the workspace: that one will."""
     with contextlib.suppress(EclipseError), ws.lock(stage):
         importlib.import_module("eclipse.pipeline.report.index").index_page(ws)

@@ -21,7 +21,7 @@ from eclipse.pipeline.core.workspace import Workspace
 from records import finish
 from typer.testing import CliRunner
 
-COMMANDS = ["run", "init", "cards", "status", "doctor", "why", *STAGES, "export", "push", "lab"]
+COMMANDS = ["run", "init", "cards", "status", "doctor", "why", "search", *STAGES, "export", "push", "lab"]
 
 
 def eclipse(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -146,13 +146,35 @@ def _measure(ws: Workspace, progress: Progress) -> tuple[dict[str, Any], Path]:
     summary = {"rows": len(chosen), **metrics, **beside_baselines(metrics)}
     from ..pipeline.report.evaluate import evaluate_page
 
-    some = chosen[np.sort(np.random.default_rng(seed).permutation(len(chosen))[:SHOWN])]
-    batch = read_batch(store, some, device=device, states_from=states_from)
-    seeds = [stream_seed("validation noise", seed, row) for row in some]
+    some = np.sort(some_captions(chosen, seed, SHOWN))
+    found, cosine = nearest_pictures(prior, store, some, chosen, seed, SHOWN_NEAREST, states_from=states_from)
+    return summary, evaluate_page(ws, store, summary, some, found, cosine)
+
+
+def some_captions(rows: np.ndarray, seed: int, most: int) -> np.ndarray:
+    """At most so many of the rows (n,), at random, for showing what a prior makes of their captions."""
+    return rows[np.random.default_rng(seed).permutation(len(rows))[:most]]
+
+
+def nearest_pictures(
+    prior: Prior | DiffusionPrior,
+    store: Store,
+    captions: np.ndarray,
+    among: np.ndarray,
+    seed: int,
+    most: int,
+    *,
+    states_from: StatesFrom | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For the captions of rows (n,): the rows of `among` whose true embeddings are nearest to what the prior predicts,
+    the nearest first, and their cosines, (n, ≤ most) both. Noise is that of `embedding_metrics`.
+    """
+    batch = read_batch(store, captions, device=prior.prd_embedding.device, states_from=states_from)
+    seeds = [stream_seed("validation noise", seed, row) for row in captions]
     predicted = F.normalize(sample(prior, batch.text_embedding, batch.text, seed=seeds).float().cpu(), dim=1)
-    images = F.normalize(torch.from_numpy(store.image_embeddings(chosen)).float(), dim=1)
-    cosine, nearest = (predicted @ images.T).topk(min(SHOWN_NEAREST, len(chosen)))
-    return summary, evaluate_page(ws, store, summary, some, chosen[nearest.numpy()], cosine.numpy())
+    images = F.normalize(torch.from_numpy(store.image_embeddings(among)).float(), dim=1)
+    cosine, nearest = (predicted @ images.T).topk(min(most, len(among)))
+    return among[nearest.numpy()], cosine.numpy()
 
 
 def _ranks(queries: Tensor, images: Tensor) -> Tensor:

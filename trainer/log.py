@@ -16,6 +16,7 @@ from ..pipeline.core.files import atomic_path
 from .trackers import EVERY, Tracker
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # what the prior makes of a few fixed captions, a line a validation
 
 
 class MetricsLog:
@@ -73,6 +74,25 @@ class MetricsLog:
             return f"loss {loss:.3g}"
         cosine, constant = (validation.get(name, math.nan) for name in ("cosine_image", "mean_cosine_image"))
         return f"loss {loss:.3g}, cosine to the true image {cosine:.3f} (a constant: {constant:.3f})"
+
+
+def add_sample(directory: Path, step: int, captions: np.ndarray, found: np.ndarray, cosine: np.ndarray) -> None:
+    """Note the rows whose pictures are nearest (n,) to what is predicted for the captions of rows (n,)."""
+    line = {"step": step, "rows": captions.tolist(), "found": found.tolist(), "cosine": cosine.round(4).tolist()}
+    with (directory / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """The lines of `add_sample` by step; of a step that was made again, after a resume, the later one."""
+    lines: dict[int, dict[str, Any]] = {}
+    with suppress(FileNotFoundError), (directory / SAMPLES).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # what a kill left half-written
+                record = json.loads(line)
+                if len(record["rows"]) == len(record["found"]) == len(record["cosine"]):
+                    lines[int(record["step"])] = record
+    return [lines[step] for step in sorted(lines)]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

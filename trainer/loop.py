@@ -11,14 +11,16 @@ from ..pipeline.core.progress import Progress
 from .data.batches import Batches
 from .data.verify import PageCheck
 from .distributed import DistEnv, describe
-from .evaluate import beside_baselines, embedding_metrics
-from .log import MetricsLog, draw_curves, read_metrics
+from .evaluate import beside_baselines, embedding_metrics, nearest_pictures, some_captions
+from .log import MetricsLog, add_sample, draw_curves, read_metrics
 from .model.prior import save_prior
 from .pace import Pace
 from .run import Run, TrainJob, prepare
 from .steps import on_device, open_steps
 from .stopping import StopSignals, raise_stopped
 from .trackers import open_trackers
+
+SHOWN_OVER_TIME = 6  # captions whose nearest pictures are noted at every validation
 
 
 def fit(job: TrainJob, world: DistEnv, progress: Progress) -> dict[str, Any]:
@@ -123,6 +125,10 @@ def validate(run: Run, log: MetricsLog) -> None:
     if not run.world.is_main:
         return
     log.add("validation", run.step, metrics)
+    some = some_captions(run.validation_rows, run.job.validation_seed, SHOWN_OVER_TIME)
+    of = run.average, run.store, some, run.validation_rows, run.job.validation_seed
+    found, cosine = nearest_pictures(*of, 1, states_from=run.states_from)
+    add_sample(run.job.directory, run.step, some, found[:, 0], cosine[:, 0])
     if run.best is None or metrics["cosine_image"] > run.best["cosine_image"]:
         run.best = {"step": run.step, **metrics}
         save_prior(run.average, run.job.directory / "best")

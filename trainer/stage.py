@@ -13,7 +13,7 @@ import torch
 from ..pipeline.core.errors import UsageError
 from ..pipeline.core.progress import Progress
 from .distributed import count_gpus, join, under_launcher
-from .log import FILE, read_metrics
+from .log import FILE, read_metrics, read_samples
 from .loop import fit
 from .run import ARMS, TrainJob, check_init, init_place
 from .spawn import spawn
@@ -60,7 +60,7 @@ def train(
         if run.leads:
             from ..pipeline.report.train import train_page
 
-            page = train_page(ws, read_metrics(job.directory / FILE), summary)
+            page = train_page(ws, read_metrics(job.directory / FILE), read_samples(job.directory), summary)
         run.finish(summary, report=page)
     return run.summary
 

@@ -24,6 +24,13 @@ def show_story(result: dict[str, Any]) -> None:
             print(printable(f"  {stage:<9} {shown or 'done'}"))
 
 
+def show_search(result: dict[str, Any]) -> None:
+    """The pictures nearest to a text, one line each, and their page."""
+    columns = ["cosine", "key", "verdict", "caption"]
+    table(columns, [[one[name] for name in columns] for one in result["found"]])
+    print(printable(f"{len(result['found'])} of {result['rows']:,} rows; pictures: {result['page']}"))
+
+
 def show_run(result: dict[str, Any]) -> None:
     """The end of `eclipse run`: what each stage counted, the figures, and where the pictures are."""
     from .status import counts_text

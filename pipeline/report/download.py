@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +14,13 @@ from ..images.sources import shards_of
 from . import charts
 from .page import chart, percent, shares, stage_page, tile
 from .pictures import shot, some_of
+from .words import in_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+HOST = r"^https?://(?P<host>[^/?#]+)"  # with its port: two servers of one machine are two
+HOSTS, REASONS = 20, 3  # hosts listed, and reasons named of each
 
 
 def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
@@ -57,8 +62,46 @@ def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
             ),
         ],
         rejected=shares(rejected, inputs),
+        hosts=failed_hosts(ws),
         some=[shot(files.get((shards[i], keys[i])), captions[i] or "") for i in some],
     )
+
+
+def failed_hosts(ws: Workspace) -> list[dict[str, Any]]:
+    """The hosts that most fetches failed at: how many, for which reasons, and one such URL of each.
+
+    URLs are from anywhere, and often dead: the page shows them as text, never as links.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not ws.rejected.is_file():
+        return []
+    counted = []
+    with pq.ParquetFile(ws.rejected) as file:
+        for batch in file.iter_batches(1 << 20, columns=["stage", "reason", "url"]):
+            failed = pa.Table.from_batches([batch]).filter(pc.field("stage") == "download")
+            # What has no host, such as a malformed URL, was never asked for anywhere.
+            host = pc.struct_field(
+                pc.call_function("extract_regex", [failed["url"]], pc.ExtractRegexOptions(HOST)), "host"
+            )
+            failed = failed.append_column("host", host).filter(pc.field("host").is_valid())
+            counted.append(failed.group_by(["host", "reason"]).aggregate([("url", "count"), ("url", "min")]))
+    total: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    sums = pa.concat_tables(counted).group_by(["host", "reason"]).aggregate([("url_count", "sum"), ("url_min", "min")])
+    for row in sums.sort_by([("url_count_sum", "descending"), ("host", "ascending")]).to_pylist():
+        total[row["host"]].append(row)
+    worst = sorted(total.items(), key=lambda item: -sum(row["url_count_sum"] for row in item[1]))[:HOSTS]
+    return [
+        {
+            "host": host,
+            "count": sum(row["url_count_sum"] for row in rows),
+            "reasons": ", ".join(f"{in_words(row['reason'])} ({row['url_count_sum']:,})" for row in rows[:REASONS]),
+            "example": rows[0]["url_min_min"],
+        }
+        for host, rows in worst
+    ]
 
 
 def _fetched(ws: Workspace) -> pa.Table:

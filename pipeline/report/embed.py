@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core.workspace import Workspace
 from . import charts
+from .clusters import clusters
 from .page import chart, percent, shares, stage_page, tile
 from .pictures import Shots, some_of
 from .words import SCORES
@@ -20,6 +21,7 @@ RETRIEVAL = 1_000  # pairs among which captions look for their picture
 NEIGHBOURHOOD = 20_000  # rows among which pictures look for their neighbours
 NEIGHBOURS = 3  # of each picture shown
 QUERIES = 8
+CLUSTERS, STRIP = 12, 6  # groups of pictures like each other, and how many of each are shown
 
 
 def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
@@ -34,7 +36,10 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
     order = np.argsort(score, kind="stable")
     best, worst = order[::-1][:12], order[:12]
     near, likeness = _neighbours(store, every)
-    shots = Shots(ws, store, [*best, *worst, *(some := some_of(every)), *near.ravel()])
+    crowd = some_of(every, NEIGHBOURHOOD)
+    alike = sorted(clusters(store, crowd, CLUSTERS), key=len, reverse=True)
+    middles = [_pictures_of(store, members)[:STRIP] for members in alike]
+    shots = Shots(ws, store, [*best, *worst, *(some := some_of(every)), *near.ravel(), *np.concatenate([[], *middles])])
     encoder = store.meta.encoder.replace("local-dir:{models}/", "the shipped ")
 
     def scored(rows: np.ndarray) -> list[dict[str, Any]]:
@@ -60,7 +65,7 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
                 "tokens, start and end included; no padding is stored",
                 charts.histogram({"rows": store.token_counts()}, label="tokens", integer=True),
             ),
-            *_norm_charts(store, some_of(every, NEIGHBOURHOOD)),
+            *_norm_charts(store, crowd),
             *(
                 chart(*SCORES[name], charts.histogram({"rows": store.column(name).to_numpy()}, label="score"))
                 for name in store.meta.head_scores
@@ -71,6 +76,14 @@ def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:
             for (own, *others), (_, *cosines) in zip(near.tolist(), likeness.tolist(), strict=True)
         ],
         rejected=shares(rejected, len(store) + sum(rejected.values())),
+        clusters=[
+            {
+                "title": percent(len(members) / len(crowd)),
+                "note": f"of the rows; mean CLIP score {np.mean(score[members]):.3f}",
+                "shots": [shots(row) for row in middle],
+            }
+            for members, middle in zip(alike, middles, strict=True)
+        ],
         best=scored(best),
         worst=scored(worst),
         some=scored(some),
@@ -88,6 +101,16 @@ def _norm_charts(store: Store, rows: np.ndarray) -> list[dict[str, str]]:
         )
         for name, some in vectors.items()
     ]
+
+
+def _pictures_of(store: Store, rows: np.ndarray) -> np.ndarray:
+    """The first row of each picture among these, in their order: one with many captions shows once."""
+    from ..cache.vectors import codes
+
+    order = np.argsort(rows, kind="stable")
+    picture = np.empty(len(rows), np.int64)
+    picture[order] = codes(store.column("image_sha256", rows[order]))
+    return rows[np.sort(np.unique(picture, return_index=True)[1])]
 
 
 def _neighbours(store: Store, every: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -56,8 +56,12 @@ def stage_page(ws: Workspace, stage: str, template: str, **context: Any) -> Path
 
 
 def stage_links(current: str) -> list[tuple[str, str | None]]:
-    """The navigation of a stage's page, up to itself: those of later stages may not be there yet."""
+    """The navigation of a page: a stage's up to itself, since those of later stages may not be there yet; of any other
+    page the overview and itself.
+    """
     names = [name for name, _ in STAGES]
+    if current not in names:
+        return [STAGES[0], (current, None)]
     return [(name, None if name == current else file) for name, file in STAGES[: names.index(current) + 1]]
 
 

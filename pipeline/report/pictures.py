@@ -27,6 +27,7 @@ class Shots:
         keys = store.column("key", self.rows).to_pylist()
         captions = store.column("caption", self.rows).to_pylist()
         files = dict(picture_files(shards_of(ws), zip(part.tolist(), keys, strict=True)))
+        self.any = bool(files)  # whether there is a picture of any row
         self._shots: dict[int, dict[str, Any]] = {}
         for row, shard, key, caption in zip(self.rows.tolist(), part.tolist(), keys, captions, strict=True):
             self._shots[row] = shot(files.get((shard, key)), caption)

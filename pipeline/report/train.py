@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.store import Store
+from ..core.errors import EclipseError
 from ..core.workspace import Workspace
+from ..images.sources import shards_of
+from ..images.tar import is_remote
 from . import charts
 from .page import chart, percent, stage_page, tile
+from .pictures import Shots
 
 # The curves of the training's own figures: what each is, and how to read it.
 TRAINING = {
@@ -42,11 +47,17 @@ VALIDATION: tuple[tuple[str, str, tuple[str, ...], dict[str, str]], ...] = (
     ),
 )
 SETTINGS = ("arm", "init", "steps", "batch_size", "optimizer", "learning_rate", "lambda", "temperature", "precision")
-SHOWN_POINTS = 12
+SHOWN_POINTS = 12  # validations in the table
+SHOWN_STEPS = 7  # and of which the samples are shown
 
 
-def train_page(ws: Workspace, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Path:
-    """Write the page. lines: of metrics.jsonl; summary: the stage's."""
+def train_page(
+    ws: Workspace,
+    lines: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> Path:
+    """Write the page. lines: of metrics.jsonl; samples: of samples.jsonl; summary: the stage's."""
     training = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
     last = validation[-1] if validation else {}
@@ -67,6 +78,7 @@ def train_page(ws: Workspace, lines: Sequence[Mapping[str, Any]], summary: Mappi
             tile(int(summary["parameters"]), "parameters"),
         ],
         charts=[*_validation_charts(validation), *_training_charts(training)],
+        samples=_samples(ws, samples),
         settings=[(key.replace("_", " "), options[key]) for key in SETTINGS if options.get(key) is not None],
         table=_table(validation),
     )
@@ -94,6 +106,38 @@ def _validation_charts(validation: Sequence[Mapping[str, Any]]) -> list[dict[str
             levels = {label: float(value) for label, value in marks.items() if value is not None}
             drawn.append(chart(title, note, charts.lines(series, label="step", levels=levels)))
     return drawn
+
+
+def _samples(ws: Workspace, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A strip a caption: its own picture, then the one nearest to what the prior predicted, validation by validation.
+
+    None where pictures lie on other machines, or are gone: a training of hours must not end on its page.
+    """
+    chosen = sorted({round(i * (len(samples) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)}) if samples else []
+    steps = [samples[i] for i in chosen if samples[i]["rows"] == samples[-1]["rows"]]
+    try:
+        if not steps or any(is_remote(getattr(shard, "address", "")) for shard in shards_of(ws).values()):
+            return []
+        shots = Shots(ws, Store.open(ws.embeddings), [row for step in steps for row in (*step["rows"], *step["found"])])
+    except (EclipseError, OSError, IndexError):
+        return []
+    if not shots.any:
+        return []
+    return [
+        {
+            "title": shots(own)["caption"],
+            "note": "",
+            "shots": [
+                shots(own, "true picture", "good"),
+                *(
+                    shots(step["found"][i], f"step {step['step']:,}", "good" if step["found"][i] == own else "")
+                    | {"caption": f"{step['cosine'][i]:.3f}"}
+                    for step in steps
+                ),
+            ],
+        }
+        for i, own in enumerate(steps[-1]["rows"])
+    ]
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

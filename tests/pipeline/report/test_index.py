@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,6 +15,7 @@ from eclipse.pipeline.report import charts
 from eclipse.pipeline.report.index import index_page
 from eclipse.pipeline.report.train import _warnings
 from eclipse.pipeline.run import run_stage
+from eclipse.trainer.log import SAMPLES, read_samples
 from eclipse.trainer.stage import train
 from learnable_cache import make_workspace
 
@@ -52,6 +54,17 @@ def test_the_page_of_a_training(ws: Workspace) -> None:
     for said in ("Cosine to the true image", "constant mean", "raw text", "Gradient norm", "samples a second"):
         assert said in text
     assert text.count("<svg") >= 8
+
+
+def test_a_training_notes_what_it_makes_of_the_same_captions(ws: Workspace) -> None:
+    samples = read_samples(ws.prior)
+    assert [line["step"] for line in samples] == [10, 20, 30]
+    assert all(line["rows"] == samples[0]["rows"] for line in samples) and len(samples[0]["rows"]) == 6
+    assert all(-1 <= cosine <= 1.001 for line in samples for cosine in line["cosine"])
+    with (ws.prior / SAMPLES).open("a") as file:
+        file.write(json.dumps({**samples[1], "cosine": [0.0] * 6}) + '\n{"step": 30, "rows"')
+    assert [line["step"] for line in read_samples(ws.prior)] == [10, 20, 30]
+    assert read_samples(ws.prior)[1]["cosine"] == [0.0] * 6, "made again after a resume"
 
 
 def test_a_stage_writes_the_overview(ws: Workspace) -> None:
