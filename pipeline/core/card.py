@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from .errors import UsageError
 from .files import atomic_path
 from .section import MANY, MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, MAX_SEED, NOTHING, Decides, Section
-from .source import PLACES, Source
+from .source import PLACES, SOURCES, Source
 
 CARD_NAME = "eclipse.yaml"  # the resolved card in a workspace
 INSTALLATION = Path(__file__).resolve().parents[2]
@@ -426,8 +426,7 @@ def every_key() -> Iterator[tuple[str, dict[str, str]]]:
     """Each key of a card: type, default, the first stages that it decides, meaning. For `eclipse cards --keys`."""
     decides = {(key.section, key.name): key.decides for key in keys()}
     for section in SECTIONS:
-        models = get_args(get_args(Source)[0]) if section == "source" else _models_of(section)
-        for model in models:
+        for model in _models_of(section):
             kind = f" (kind: {model.model_fields['kind'].default})" if section == "source" else ""
             for name, field in model.model_fields.items():
                 required = field.is_required()
@@ -611,11 +610,7 @@ def _without_tag(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     section = str(loc[0])
     if section == "source" and len(loc) > 2:
-        models = [
-            model
-            for model in get_args(get_args(Source)[0])
-            if loc[1] in get_args(model.model_fields["kind"].annotation)
-        ]
+        models = [SOURCES[str(loc[1])]]
     else:
         models = [Card] if len(loc) == 1 else _models_of(section)
     return [field.alias or name for model in models for name, field in model.model_fields.items()]
@@ -623,5 +618,7 @@ def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
 
 def _models_of(section: str) -> list[type[Section]]:
     """The classes that a section can be of: one, but for the source."""
+    if section == "source":
+        return list(SOURCES.values())
     annotation = Card.model_fields[section].annotation
     return [model for model in (annotation, *get_args(annotation)) if isinstance(model, type)]

@@ -7,7 +7,8 @@ package adds to it, or takes a name over, through an entry point of the group `e
     [project.entry-points."eclipse.judge"]
     urls = "my_package.faces:judge"        # judges the pictures of workspaces whose card says source.kind: urls
 
-list        (ws, *, anew: bool) -> context manager of a UrlList, served for as long as the block runs; anew: made again
+list        (ws, *, anew: bool) -> context manager of a UrlList, served for as long as the block runs; anew: made again.
+            Makes its name a source.kind of cards; what the card says beside it is in ws.card.source.options
 prompts     (card, per_category: int) -> list of decode.prompts.Prompt, which `eclipse render` takes by default
 judge       (picture: PIL.Image, prompt: Prompt) -> decode.prompts.Verdict | None; None: nothing can be said
 evaluation  (ws, progress, *, overwrite: bool) -> summary; `eclipse evaluate` in place of the metrics in embedding space
@@ -32,12 +33,17 @@ SHIPPED = {
 }
 
 
-def find(what: str, kind: str) -> Callable[..., Any] | None:
-    """The function registered for sources of this kind, or None. EclipseError if it cannot be imported."""
+def registered(what: str, kind: str) -> str | None:
+    """The "module:function" registered for sources of this kind, or None."""
     place = SHIPPED[what].get(kind)
     for point in entry_points(group=f"eclipse.{what}", name=kind):
         place = point.value
-    if place is None:
+    return place
+
+
+def find(what: str, kind: str) -> Callable[..., Any] | None:
+    """The function registered for sources of this kind, or None. EclipseError if it cannot be imported."""
+    if (place := registered(what, kind)) is None:
         return None
     module, _, function = place.partition(":")
     try:

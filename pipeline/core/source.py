@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
+from .registry import registered
 from .section import MANY, MAX_IMAGE_SIZE, MAX_SEED, NOTHING, Section
 
 
@@ -48,7 +49,32 @@ class ShapesSource(FetchOptions):
     )
 
 
-class UrlSource(FetchOptions):
+class WebOptions(FetchOptions):
+    """How pictures of other people's servers are fetched."""
+
+    expected_rows: Annotated[int | None, NOTHING] = Field(
+        None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
+    )
+    contact: Annotated[str | None, NOTHING] = Field(
+        None, description="whom servers may write to, in the User-Agent: https://… or mailto:…"
+    )
+    robots_txt: Annotated[bool, NOTHING] = Field(
+        False, description="heed each site's robots.txt; opt-out headers always count"
+    )
+    per_host: Annotated[int, NOTHING] = Field(64, ge=1, le=10_000, description="fetches from one host at a time")
+    allow_hosts: Annotated[list[str], NOTHING] = Field(
+        default_factory=list, description="names, addresses or networks that may be asked though they are not public"
+    )
+
+    @field_validator("contact")
+    @classmethod
+    def _fits_a_header(cls, contact: str | None) -> str | None:
+        if contact is not None and not (contact.isascii() and contact.isprintable()):
+            raise ValueError("use plain ASCII on one line")
+        return contact
+
+
+class UrlSource(WebOptions):
     """A list of image URLs and captions that the user has."""
 
     kind: Literal["urls"] = Field("urls", description="urls: a list of your own")
@@ -64,31 +90,11 @@ class UrlSource(FetchOptions):
         None, description="fields may stand in double quotes; null: in CSV they may, in TSV quotes are text"
     )
     encoding: str | None = Field(None, description="of text files, such as latin-1; null: UTF-8, or as a mark says")
-    expected_rows: Annotated[int | None, NOTHING] = Field(
-        None, ge=1, le=1000 * MANY, description="rows expected to arrive; for estimates of cost"
-    )
-    contact: Annotated[str | None, NOTHING] = Field(
-        None, description="whom servers may write to, in the User-Agent: https://… or mailto:…"
-    )
-    robots_txt: Annotated[bool, NOTHING] = Field(
-        False, description="heed each site's robots.txt; opt-out headers always count"
-    )
-    per_host: Annotated[int, NOTHING] = Field(64, ge=1, le=10_000, description="fetches from one host at a time")
-    allow_hosts: Annotated[list[str], NOTHING] = Field(
-        default_factory=list, description="names, addresses or networks that may be asked though they are not public"
-    )
 
     @field_validator("urls")
     @classmethod
     def _name_files(cls, urls: str | list[str]) -> str | list[str]:
         return _named(urls)
-
-    @field_validator("contact")
-    @classmethod
-    def _fits_a_header(cls, contact: str | None) -> str | None:
-        if contact is not None and not (contact.isascii() and contact.isprintable()):
-            raise ValueError("use plain ASCII on one line")
-        return contact
 
     @field_validator("encoding")
     @classmethod
@@ -186,6 +192,13 @@ class TableSource(Section):
         return [root / Path(name).expanduser() for name in _several(self.table)]
 
 
+class OtherSource(WebOptions):
+    """A list of image URLs that an installed package serves: see registry.py."""
+
+    kind: str = Field("other", description="the name under which the package registers its list (eclipse.list)")
+    options: dict[str, Any] = Field(default_factory=dict, description="whatever the package wants to know")
+
+
 def _several(names: str | list[str]) -> list[str]:
     return [names] if isinstance(names, str) else names
 
@@ -206,9 +219,41 @@ def _named(names: str | list[str]) -> str | list[str]:
     return names
 
 
+SOURCES: dict[str, type[Section]] = {
+    "shapes": ShapesSource,
+    "urls": UrlSource,
+    "webdataset": WebdatasetSource,
+    "folder": FolderSource,
+    "table": TableSource,
+    "other": OtherSource,
+}
+
+
+def _class_of(source: Any) -> str | None:
+    """The key of SOURCES for a section as read: its kind, or `other` where a package registers that kind."""
+    kind = source.get("kind") if isinstance(source, dict) else getattr(source, "kind", None)
+    if not isinstance(kind, str):
+        return None
+    if kind in SOURCES and kind != "other":
+        return kind
+    return "other" if registered("list", kind) else None
+
+
 Source = Annotated[
-    ShapesSource | UrlSource | WebdatasetSource | FolderSource | TableSource, Field(discriminator="kind")
+    Annotated[ShapesSource, Tag("shapes")]
+    | Annotated[UrlSource, Tag("urls")]
+    | Annotated[WebdatasetSource, Tag("webdataset")]
+    | Annotated[FolderSource, Tag("folder")]
+    | Annotated[TableSource, Tag("table")]
+    | Annotated[OtherSource, Tag("other")],
+    Discriminator(
+        _class_of,
+        custom_error_type="source_kind",
+        custom_error_message=f"kind must be one of {', '.join(kind for kind in SOURCES if kind != 'other')}, or a name "
+        "that an installed package registers (entry points eclipse.list)",
+    ),
 ]
+FetchedSource = ShapesSource | UrlSource | OtherSource  # whose pictures `download` puts into images/
 CAPTIONS_GAIN = 0.86  # further captions of a picture of shapes for each one allowed: not every category fits each scene
 PLACES = ("urls", "shards", "folder", "table")  # keys of a source that name files
 
@@ -222,7 +267,7 @@ def expected_rows(source: Source) -> int | None:
 
 def named_files(source: Source, root: Path) -> list[Path]:
     """The local files and folders that a source names, without those of wildcards and braces."""
-    if isinstance(source, ShapesSource):
+    if isinstance(source, (ShapesSource, OtherSource)):
         return []
     if isinstance(source, FolderSource):
         return [source.path(root)]

@@ -26,7 +26,7 @@ import pyarrow as pa
 from ..core.errors import EclipseError, UsageError
 from ..core.files import write_json
 from ..core.registry import find
-from ..core.source import ShapesSource, UrlSource
+from ..core.source import FetchedSource, UrlSource, WebOptions
 from ..images.rejects import Reject, write_rejected
 from ..images.sources import forget, look, shards_of
 from .http import ClientSpec
@@ -41,13 +41,9 @@ if TYPE_CHECKING:
     from ..core.stage import Stage
     from ..core.workspace import Workspace
 
-ENCODE_FORMAT = {"shapes": "png", "urls": "jpg"}  # 64 px of shapes are too few for JPEG's coarse colors
-# Fetches at a time in one process. Where a busy machine serves itself, many at a time would only time each other out.
-CONCURRENCY = {"shapes": 16, "urls": 128}
-RETRY_WAIT_S = {
-    "shapes": 0.0,
-    "urls": 5.0,
-}  # before the first pass over failures; twice as long before each further one
+CONCURRENCY = 128  # fetches at a time in one process
+SHAPES_CONCURRENCY = 16  # where a busy machine serves itself, many at a time would only time each other out
+RETRY_WAIT_S = 5.0  # before the first pass over failures; twice as long before each further one
 LONGEST_RETRY_WAIT_S = 120.0
 # What of X-Robots-Tag forbids the use; img2dataset's own defaults.
 DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
@@ -84,7 +80,7 @@ def download(
     project did not write.
     """
     source = ws.card.source
-    if not isinstance(source, (ShapesSource, UrlSource)):
+    if not isinstance(source, FetchedSource):
         if cluster != "local" or retry_failed is not None or limit or sample:
             what = "these pictures are read where they lie: there is nothing to fetch"
             raise UsageError(what, where=f"source.kind: {source.kind}", hint="leave the options out")
@@ -161,7 +157,7 @@ class _Run:
     """One call of the stage."""
 
     ws: Workspace
-    source: ShapesSource | UrlSource
+    source: FetchedSource
     urls: UrlList
     progress: Progress
     fetchers: Fetchers
@@ -251,7 +247,9 @@ class _Run:
 
     def _rest(self, number: int) -> None:
         """Give whatever failed time to recover: longer before each pass, and as long as a server asked for."""
-        wait = min(RETRY_WAIT_S[self.source.kind] * 2**number * random.uniform(0.75, 1.5), LONGEST_RETRY_WAIT_S)
+        wait = 0.0
+        if isinstance(self.source, WebOptions):  # this machine's own server needs no rest
+            wait = min(RETRY_WAIT_S * 2**number * random.uniform(0.75, 1.5), LONGEST_RETRY_WAIT_S)
         wait = max(wait, self.fetchers.asked_wait_s)
         self.fetchers.asked_wait_s = 0.0
         if wait > 1:
@@ -378,20 +376,20 @@ def _swept(ws: Workspace) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _spec(ws: Workspace, source: ShapesSource | UrlSource) -> FetchSpec:
-    public = source if isinstance(source, UrlSource) else None  # the shapes world is served by this very machine
+def _spec(ws: Workspace, source: FetchedSource) -> FetchSpec:
+    public = source if isinstance(source, WebOptions) else None  # the shapes world is served by this very machine
     ws.logs.mkdir(parents=True, exist_ok=True)
     return FetchSpec(
         images=str(ws.images),
         log=str(ws.logs / "download.log"),
         image_size=source.image_size,
         resize_mode=source.resize_mode,
-        encode_format=ENCODE_FORMAT[source.kind],
+        encode_format="jpg" if public else "png",  # 64 px of shapes are too few for JPEG's coarse colors
         rows_per_shard=source.rows_per_shard,
         client=ClientSpec(
             timeout_s=source.timeout_s,
-            concurrency=CONCURRENCY[source.kind],
-            per_host=max(1, public.per_host // _cores(source)) if public else CONCURRENCY["shapes"],
+            concurrency=CONCURRENCY if public else SHAPES_CONCURRENCY,
+            per_host=max(1, public.per_host // _cores(source)) if public else SHAPES_CONCURRENCY,
             patience_s=source.patience_s,
             contact=public.contact if public else None,
             robots_txt=public is not None and public.robots_txt,
@@ -412,7 +410,7 @@ def _known_urls(images: Path) -> tuple[str, ...]:
     return tuple(list(known.values())[-KNOWN:])
 
 
-def _served(ws: Workspace, source: ShapesSource | UrlSource, *, anew: bool) -> AbstractContextManager[UrlList]:
+def _served(ws: Workspace, source: FetchedSource, *, anew: bool) -> AbstractContextManager[UrlList]:
     """The card's list; that of the shapes world is served by this machine for as long as the block runs.
 
     anew: the shapes world makes its list again.
@@ -425,6 +423,6 @@ def _served(ws: Workspace, source: ShapesSource | UrlSource, *, anew: bool) -> A
     return nullcontext(UrlList(paths, *names, quoting=source.quoting, encoding=source.encoding))
 
 
-def _cores(source: ShapesSource | UrlSource) -> int:
+def _cores(source: FetchedSource) -> int:
     """Processes to use: one a core, less one where this machine serves the pictures as well."""
-    return max(1, len(os.sched_getaffinity(0)) - (source.kind == "shapes"))
+    return max(1, len(os.sched_getaffinity(0)) - (not isinstance(source, WebOptions)))

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EclipseError, UsageError
 from ..core.files import atomic_path, write_json
+from ..core.source import FetchedSource, FolderSource, TableSource, WebdatasetSource
 from .folder import FolderShard, list_folder, write_listing
 from .shards import ImageShard, TarShard, numbered_shards
 from .table import TableShard, table_files, table_rows
 from .tar import is_remote
 
 if TYPE_CHECKING:
-    from ..core.source import FolderSource, Source, TableSource, WebdatasetSource
+    from ..core.source import Source
     from ..core.workspace import Workspace
 
-FETCHED = ("shapes", "urls")  # kinds of source whose pictures `download` puts into images/
 MOST_SHARDS = 1_000_000
 Entry = dict[str, Any]  # of logs/shards.json: what identifies a shard of its kind
 
@@ -31,7 +31,7 @@ Entry = dict[str, Any]  # of logs/shards.json: what identifies a shard of its ki
 def shards_of(ws: Workspace) -> dict[int, ImageShard]:
     """Number → shard, in order. Raises EclipseError; UsageError if the source was never looked at."""
     source = ws.card.source
-    if source.kind in FETCHED:
+    if isinstance(source, FetchedSource):
         return {number: TarShard(path) for number, path in numbered_shards(ws.images).items()}
     entries = _noted(ws)
     return {number: _shard(ws, source, entry) for number, entry in enumerate(entries)}
@@ -43,7 +43,7 @@ def look(ws: Workspace) -> int:
     Raises UsageError where nothing is found, or what the card names is not there.
     """
     source = ws.card.source
-    if source.kind in FETCHED:
+    if isinstance(source, FetchedSource):
         return 0
     known = _noted(ws)
     new = list(LISTERS[source.kind](ws, source, known))
@@ -77,11 +77,11 @@ def _noted(ws: Workspace) -> list[Entry]:
 
 
 def _shard(ws: Workspace, source: Source, entry: Entry) -> ImageShard:
-    if source.kind == "webdataset":
+    if isinstance(source, WebdatasetSource):
         return TarShard(entry["address"], source.caption_key)
-    if source.kind == "folder":
+    if isinstance(source, FolderSource):
         return FolderShard(source.path(ws.root), ws.root / entry["listing"])
-    assert source.kind == "table"
+    assert isinstance(source, TableSource)
     columns = (source.image_column, source.caption_column)
     return TableShard(ws.root / entry["path"], entry["start"], entry["stop"], *columns)
 

@@ -50,7 +50,7 @@ def shapes_workspace(root: Path) -> Workspace:
 
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stage.RETRY_WAIT_S, "urls", 0.0)
+    monkeypatch.setattr(stage, "RETRY_WAIT_S", 0.0)
 
 
 def urls_workspace(root: Path, table: dict[str, list], **source: Any) -> Workspace:
@@ -387,6 +387,31 @@ def test_more_can_be_asked_for_and_what_failed_tried_again(tmp_path: Path):
     assert not any(path.name.startswith(".") for path in ws.images.iterdir())
     with pytest.raises(UsageError, match="no share"):
         download(ws, QUIET, sample="many")
+
+
+def test_an_installed_package_brings_a_kind_of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What registry.py describes: a package with an entry point, and a card that names it."""
+    package = tmp_path / "site"
+    (package / "museum-1.dist-info").mkdir(parents=True)
+    (package / "museum-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: museum\nVersion: 1\n")
+    (package / "museum-1.dist-info/entry_points.txt").write_text("[eclipse.list]\nmuseum = museum:served\n")
+    (package / "museum.py").write_text(
+        "from contextlib import contextmanager\nfrom eclipse.pipeline.download.url_list import UrlList\n"
+        "@contextmanager\ndef served(ws, *, anew):\n"
+        "    path = ws.root / 'museum.csv'\n"
+        "    path.write_text('link,words\\n' + ws.card.source.options['pictures'] + ',a vase\\n')\n"
+        "    yield UrlList((path,), 'link', 'words')\n"
+    )
+    section = {"kind": "museum", "allow_hosts": ["127.0.0.1"]}
+    card = {"name": "test", "encoder": {"model": "none"}, "decoder": {"path": "none"}}
+    with serving({"/vase.jpg": picture_answer(picture(1))}) as web:
+        section["options"] = {"pictures": web.url("/vase.jpg")}
+        with pytest.raises(ValueError, match="installed package registers"):
+            Card.model_validate({**card, "source": section})
+        monkeypatch.syspath_prepend(package)
+        ws = Workspace.create(tmp_path / "ws", Card.model_validate({**card, "source": section}))
+        assert download(Workspace.open(ws.root), QUIET)["images"] == 1
+    assert [sample.caption for sample in samples(ws)] == ["a vase"]
 
 
 def test_published_hashes_are_verified(tmp_path: Path):
