@@ -88,6 +88,8 @@ def failed_hosts(ws: Workspace) -> list[dict[str, Any]]:
             )
             failed = failed.append_column("host", host).filter(pc.field("host").is_valid())
             counted.append(failed.group_by(["host", "reason"]).aggregate([("url", "count"), ("url", "min")]))
+    if not counted:  # a list without a failure
+        return []
     total: dict[str, list[dict[str, Any]]] = defaultdict(list)
     sums = pa.concat_tables(counted).group_by(["host", "reason"]).aggregate([("url_count", "sum"), ("url_min", "min")])
     for row in sums.sort_by([("url_count_sum", "descending"), ("host", "ascending")]).to_pylist():
