@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the files in logs/filter/; raised when what they mean changes
 VECTORS = ("image_embedding", "text_embedding")
 MAPPED = (*VECTORS, "thumbnail")  # read through the map, which checks nothing; Arrow checks every other column itself
-OVERLAID = {"cpu": 256, "cuda": 8_192}  # pairs of pictures on the device at once
 
 
 @dataclass
@@ -228,19 +229,32 @@ class Evidence:
         if len(new):
             import torch
 
-            from .crop_match import SIDE, correlations
+            from .crop_match import PAIRS, SIDE, correlations
 
             pairs, device = alike.pairs, "cuda" if torch.cuda.is_available() else "cpu"
             place, pictures = self._small_pictures(alike, SIDE)
-            with self.progress.task("laying pictures over each other", len(new), "pairs") as task:
-                for start in range(0, len(new), OVERLAID[device]):
-                    some = new[start : start + OVERLAID[device]]
-                    a, b = (
-                        torch.from_numpy(pictures[place[side[some]]]).to(device).permute(0, 3, 1, 2).float() / 255
-                        for side in (pairs.i, pairs.j)
-                    )
-                    alike.overlay[some] = correlations(a, b, limit).cpu().numpy()
-                    task.advance(len(some))
+
+            def lay(some: np.ndarray) -> np.ndarray:
+                a, b = (
+                    torch.from_numpy(pictures[place[side[some]]]).to(device).permute(0, 3, 1, 2).float() / 255
+                    for side in (pairs.i, pairs.j)
+                )
+                return correlations(a, b, limit).cpu().numpy()
+
+            batches = [new[some] for some in chunks(len(new), PAIRS[device])]
+            # On a CPU each core works on batches of its own: cores that share one operation wait for each other.
+            threads, workers = torch.get_num_threads(), len(os.sched_getaffinity(0)) if device == "cpu" else 1
+            torch.set_num_threads(1)
+            try:
+                with (
+                    self.progress.task("laying pictures over each other", len(new), "pairs") as task,
+                    ThreadPoolExecutor(workers) as pool,
+                ):
+                    for some, found in zip(batches, pool.map(lay, batches), strict=True):
+                        alike.overlay[some] = found
+                        task.advance(len(some))
+            finally:
+                torch.set_num_threads(threads)
         return alike.overlay[which] >= limit
 
     def _small_pictures(self, alike: Alike, side: int) -> tuple[np.ndarray, np.ndarray]:
