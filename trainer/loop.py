@@ -65,6 +65,8 @@ def fit(job: TrainJob, world: DistEnv, progress: Progress) -> dict[str, Any]:
                 task.describe(f"{log.summary()}, {pace}")
             if steps.stopped:
                 raise_stopped(steps.stopped, run.step, saved=sound)
+        if slow := pace.slowness():
+            progress.say(slow)
         speed = pace.summary()  # before trackers and threads take their time to end
     return finish(run, log, speed)
 

@@ -14,6 +14,8 @@ from .distributed import DistEnv
 from .model.transformer import PriorConfig
 
 EVERY_S = 2.0  # between two remarks beside the progress bar
+MEASURED = 512  # rows and columns of the product that says what a CPU can do
+SLOW, SLOW_AFTER_S = 0.04, 20.0  # utilisation of a CPU that is far below what small products lose; when to judge it
 # Dense bfloat16 products a second by the makers' data sheets, by what the card's name contains: the first that fits.
 PEAKS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
@@ -31,9 +33,19 @@ def flops_a_sample(config: PriorConfig, tokens: float) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What model-FLOP utilisation is a share of; None for a CPU and for cards that are not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """What model-FLOP utilisation is a share of: a card's data sheet, None if it is not in the table; of a CPU what one
+    large product in float32 reaches with the threads that this process has.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in PEAKS.items() if part in name), None)
+    square = torch.ones(MEASURED, MEASURED)
+    best = float("inf")
+    for _ in range(5):  # the first one prepares the product
+        began = time.perf_counter()
+        torch.mm(square, square)
+        best = min(best, time.perf_counter() - began)
+    return 2 * MEASURED**3 / best
 
 
 class Pace:
@@ -94,6 +106,19 @@ class Pace:
             "model_flop_utilisation": None if utilisation is None else round(utilisation, 4),
             "data_wait_share": round(self._waited / training, 4) if training else 0.0,
         }
+
+    def slowness(self) -> str:
+        """What to say if a CPU gets far less done than its own arithmetic allows; empty otherwise."""
+        now = self.summary()
+        used = now["model_flop_utilisation"]
+        if self._peak is None or self._world.device.type != "cpu" or now["training_seconds"] < SLOW_AFTER_S:
+            return ""
+        if used >= SLOW:
+            return ""
+        return (
+            f"training is slower than expected: it does {used:.1%} of the {self._peak / 1e9:,.0f} GFLOP/s that this CPU"
+            " multiplies, where an idle one does a quarter; is there other work on it, or memory that is swapped?"
+        )
 
     def __str__(self) -> str:
         now = self.summary()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 PLAIN_INTERVAL_S = 10.0
+PROMISED_AT, LATE_S = 0.1, 10.0  # the share of a task that promises its end; how much later, and twice as long, is late
 LONGEST_MESSAGE = 4000  # characters; names and values come from data, and data may be of any length
 # What a terminal obeys instead of showing: control characters but tab and line end (ESC begins the sequences that move
 # the cursor or set the title), the same again as C1, overrides of the writing direction, halves of characters.
@@ -38,6 +39,7 @@ class Task:
         self.failures = 0
         self.note = ""
         self.started_at = time.monotonic()
+        self.promised_s: float | None = None  # what all of it will take, as its first tenth had it
         self._lock = threading.Lock()
 
     def advance(self, n: int = 1, *, failures: int = 0) -> None:
@@ -45,7 +47,16 @@ class Task:
         with self._lock:
             self.done += n
             self.failures += failures
+            if self.promised_s is None and self.total and self.done >= self.total * PROMISED_AT:
+                self.promised_s = (time.monotonic() - self.started_at) * self.total / self.done
             self._changed()
+
+    def lateness(self) -> str:
+        """What to say of a task that took far longer than its first tenth promised; empty for the others."""
+        seconds = time.monotonic() - self.started_at
+        if self.promised_s is None or seconds < 2 * self.promised_s or seconds < self.promised_s + LATE_S:
+            return ""
+        return f"{self.title} took {_clock(seconds)}; its first tenth promised {_clock(self.promised_s)}"
 
     def describe(self, text: str) -> None:
         """Show a short remark beside the bar, such as the current loss."""
@@ -143,6 +154,8 @@ class Progress:
             if self._open_tasks == 0 and self._bars is not None:
                 self._bars.stop()
                 self._bars = None
+            if late := task.lateness():
+                self.say(late)
 
     def _start(self, title: str, total: int | None, unit: str) -> Task:
         if self.quiet:

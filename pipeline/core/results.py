@@ -36,7 +36,13 @@ def show_run(result: dict[str, Any]) -> None:
     from .status import counts_text
 
     stages = result["stages"]
-    table(["stage", "counts"], [[stage, counts_text(summary)] for stage, summary in stages.items()])
+    table(
+        ["stage", "seconds", "waiting for data", "counts"],
+        [
+            [stage, f"{summary.get('seconds', 0):,.0f}", _share(summary.get("data_wait_share")), counts_text(summary)]
+            for stage, summary in stages.items()
+        ],
+    )
     print()
     if all(summary.get("already_complete") for summary in stages.values()):
         print("every stage is complete already")
@@ -46,6 +52,10 @@ def show_run(result: dict[str, Any]) -> None:
     gallery = stages["render"].get("gallery")
     print(f"\ngallery: {gallery}" if gallery else f"\npictures: {result['workspace']}/renders")
     print(f"everything else: {result['overview']}")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _show_dirt(dirt: dict[str, Any]) -> None:

@@ -40,6 +40,18 @@ def test_a_log_gets_plain_lines():
     assert result.stdout == ""
 
 
+def test_a_task_says_that_it_is_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for title, pace in (("even", 1.0), ("late", 5.0)):
+        with Progress().task(title, 100, "rows") as task:
+            for step in range(100):
+                now[0] += 1.0 if step < 10 else pace
+                task.advance()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "promised" in line]
+    assert lines == ["late took 7:40; its first tenth promised 1:40"]
+
+
 def test_quiet_is_silent():
     result = subprocess.run([sys.executable, "-c", WORK, "quiet"], capture_output=True, text=True, check=True)
     assert result.stderr == result.stdout == ""
