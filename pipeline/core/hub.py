@@ -48,7 +48,7 @@ def reaching(repo: str, *, what: str, name_it: str) -> Iterator[None]:
 
     problem = unreachable()
     if problem is not None and snapshot(repo) is None:
-        size = f"about {_size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
+        size = f"about {size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
         raise EclipseError(
             f"the {what} {repo} is not on this machine, and the hub cannot be reached: {problem}",
             where=f"it would be fetched once, {size}, into {constants.HF_HUB_CACHE}",
@@ -196,5 +196,10 @@ def send(repo: str, folder: Path, *, private: bool, overwrite: bool, mark: str) 
     return str(getattr(commit, "repo_url", None) or f"{api.endpoint}/{repo}")
 
 
-def _size_text(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+def size_text(size: float) -> str:
+    """Bytes in the unit that reads best, decimal."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

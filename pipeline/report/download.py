@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 HOST = r"^https?://(?P<host>[^/?#]+)"  # with its port: two servers of one machine are two
-HOSTS, REASONS = 20, 3  # hosts listed, and reasons named of each
+HOSTS, REASONS = 20, 4  # hosts listed, and reasons named of each
 
 
 def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
@@ -83,9 +83,8 @@ def failed_hosts(ws: Workspace) -> list[dict[str, Any]]:
         for batch in file.iter_batches(1 << 20, columns=["stage", "reason", "url"]):
             failed = pa.Table.from_batches([batch]).filter(pc.field("stage") == "download")
             # What has no host, such as a malformed URL, was never asked for anywhere.
-            host = pc.struct_field(
-                pc.call_function("extract_regex", [failed["url"]], pc.ExtractRegexOptions(HOST)), "host"
-            )
+            named = pc.call_function("extract_regex", [failed["url"]], pc.ExtractRegexOptions(HOST))
+            host = pc.call_function("struct_field", [named], pc.StructFieldOptions("host"))
             failed = failed.append_column("host", host).filter(pc.field("host").is_valid())
             counted.append(failed.group_by(["host", "reason"]).aggregate([("url", "count"), ("url", "min")]))
     if not counted:  # a list without a failure

@@ -21,7 +21,7 @@ RETRIEVAL = 1_000  # pairs among which captions look for their picture
 NEIGHBOURHOOD = 20_000  # rows among which pictures look for their neighbours
 NEIGHBOURS = 3  # of each picture shown
 QUERIES = 8
-CLUSTERS, STRIP = 12, 6  # groups of pictures like each other, and how many of each are shown
+CLUSTERS, STRIP = 12, 9  # groups of pictures like each other, and how many of each are shown
 
 
 def embed_page(ws: Workspace, store: Store, rejected: dict[str, int]) -> Path:

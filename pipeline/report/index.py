@@ -35,7 +35,7 @@ FILES = (
     ("rejected.parquet", "every input that got no row, with the reason"),
     ("prior/final/config.json", "the prior, in the published format"),
     ("prior/metrics.jsonl", "figures of every step"),
-    ("reports/search.html", "the last `eclipse search`: pictures nearest to a text"),
+    ("reports/search.html", "the last search: pictures nearest to a text"),
     ("reports/evaluate.json", "the evaluation, prompt by prompt"),
 )
 

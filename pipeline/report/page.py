@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **con
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    text = environment.get_template(template).render(**context)
+    text = environment.get_template(template).render(version=metadata.version("eclipse-prior"), **context)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

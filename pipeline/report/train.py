@@ -61,7 +61,10 @@ def train_page(
     training = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
     last = validation[-1] if validation else {}
-    options = ws.card.train.model_dump(mode="json", by_alias=True)
+    # What stood on the command line goes before the card.
+    options = ws.card.train.model_dump(mode="json", by_alias=True) | {
+        key: summary[key] for key in ("arm", "init", "steps") if key in summary
+    }
     return stage_page(
         ws,
         "train",

@@ -56,6 +56,8 @@ def test_failed_fetches_by_host(ws: Workspace) -> None:
     page = download_page(ws, rejected).read_text()
     assert "https://dead.example/0.jpg" in page and "&lt;0&gt;" in page and 'href="http' not in page
     assert "no http(s) URL" in page and "not_http" in page
+    write_rejected(ws, "download", [])
+    assert failed_hosts(ws) == []
 
 
 def test_clusters_are_the_kinds_with_the_middle_first(ws: Workspace) -> None:
