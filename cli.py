@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .pipeline.core.console import present, show_summary
 from .pipeline.core.progress import Progress
@@ -102,7 +103,18 @@ def stage(options_of: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     command.__name__, command.__doc__ = name, options_of.__doc__
     command.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]  what Typer reads
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
-    return app.command()(command)
+    return app.command(cls=_RetryFailed if name == "download" else None)(command)
+
+
+class _RetryFailed(TyperCommand):
+    """`--retry-failed` alone stands for `--retry-failed all`: Typer knows no option whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        option = "--retry-failed"
+        for place in range(len(args), 0, -1):
+            if args[place - 1] == option and (place == len(args) or args[place].startswith("-")):
+                args.insert(place, "all")
+        return super().parse_args(ctx, args)
 
 
 @app.command()
@@ -304,7 +316,7 @@ def download(
     retry_failed: Annotated[
         str | None,
         typer.Option(
-            "--retry-failed", metavar="all|REASON,…", help="Fetch what failed, for these reasons, into further shards."
+            "--retry-failed", metavar="[REASON,…]", help="Fetch what failed (for these reasons) into further shards."
         ),
     ] = None,
 ) -> dict[str, Any]:
@@ -319,6 +331,7 @@ def download(
       eclipse download
       eclipse download --card my-card.yaml -w /data/mine
       eclipse download --sample 1%
+      eclipse download --retry-failed
       eclipse download --retry-failed timed_out,http_503
     """
     return {"limit": limit, "sample": sample, "retry_failed": retry_failed}

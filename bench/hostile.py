@@ -44,6 +44,7 @@ from ..pipeline.images.decode import Sample, read_shard
 from ..pipeline.images.rejects import read_rejected
 
 TIMEOUT_S = 3.0
+SLACK_S = 1.5  # for a server's thread to notice on a busy machine that its client has left
 SHARES = {  # of the distinct URLs, in percent; the rest is good
     "404": 6, "403": 2, "429 with Retry-After": 2, "5xx, then fine": 4, "503 for ever": 1, "drip": 1,
     "headers drip": 0.4,
@@ -101,10 +102,13 @@ class Handler(BaseHTTPRequestHandler):
             before = self.server.hits[self.path]
             self.server.hits[self.path] += 1
             self.server.addresses[self.request.getsockname()[0]] += 1
+        asked_at = time.monotonic()
         try:
             self.answer(kind, int(number), before)
         except OSError:
             self.close_connection = True
+        with self.server.lock:
+            self.server.longest[kind] = max(self.server.longest[kind], time.monotonic() - asked_at)
 
     def answer(self, kind: str, number: int, before: int) -> None:
         port = self.server.server_port
@@ -157,6 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "reset":
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.request.close()
+            self.close_connection = True  # only then is the socket let go of
         else:
             self.give(picture(number))
 
@@ -187,6 +192,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("0.0.0.0", 0), Handler)
         self.hits: Counter[str] = Counter()
         self.addresses: Counter[str] = Counter()
+        self.longest: defaultdict[str, float] = defaultdict(float)  # seconds until a client left, by kind
         self.lock = threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -199,7 +205,7 @@ def serve(pipe: Any) -> None:
     pipe.send(server.server_port)
     pipe.recv()
     with server.lock:
-        pipe.send((dict(server.hits), dict(server.addresses)))
+        pipe.send((dict(server.hits), dict(server.addresses), dict(server.longest)))
 
 
 def make_list(urls: int, port: int) -> tuple[list[tuple[str, str, str]], dict[str, str]]:
@@ -288,7 +294,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         memory.over.set()
         here.send("over")
-        hits, addresses = here.recv()
+        hits, addresses, longest = here.recv()
         found: dict[str, set[str]] = defaultdict(set)
         copies: Counter[tuple[str, str]] = Counter()
         for tar in sorted(ws.images.glob("*.tar")):
@@ -318,6 +324,9 @@ def main() -> None:
         faults.append("a pair stands there twice")
     if any("/private/" in path or "private_in" in path for path in hits) or set(addresses) - {"127.0.0.1"}:
         faults.append(f"private addresses were asked: {addresses}")
+    if max(longest.values()) > TIMEOUT_S + SLACK_S:
+        late = {kind: round(held, 1) for kind, held in longest.items() if held > TIMEOUT_S + SLACK_S}
+        faults.append(f"asked for longer than {TIMEOUT_S} s: {late}")
     if memory.most > 2e9:
         faults.append("more than 2 GB of memory")
     result = {
@@ -325,6 +334,7 @@ def main() -> None:
         "urls": len(kind_of),
         "seconds": round(seconds, 1),
         "memory_gb": round(memory.most / 1e9, 2),
+        "longest_s": round(max(longest.values()), 1),
         "asked": sum(hits.values()),
         "most_asked": max(hits.values()),
         **{name: summary[name] for name in ("images", "pairs", "recovered")},

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from eclipse.cli import app
 from eclipse.pipeline.core.card import STAGES, Card
 from eclipse.pipeline.core.console import plain
@@ -66,6 +67,19 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path):
     commands = result.stdout.split("Commands:")[1]
     assert re.findall(r"^  (\w+)  ", commands, flags=re.M) == COMMANDS
     assert "..." not in commands, "a summary is too long for its line"
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--retry-failed"], "all"), (["--retry-failed", "--quiet"], "all"), (["--retry-failed=all", "--json"], "all"),
+        (["--retry-failed", "timed_out,http_503"], "timed_out,http_503"), ([], None),
+    ],
+)  # fmt: skip
+def test_retry_failed_alone_means_all(words: list[str], asked: str | None):
+    command = typer.main.get_command(app)
+    given = command.commands["download"].make_context("download", list(words)).params  # type: ignore[attr-defined]
+    assert given["retry_failed"] == asked
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -158,8 +158,7 @@ class FolderSource(Section):
     @field_validator("folder")
     @classmethod
     def _name_it(cls, folder: str) -> str:
-        _named(folder)
-        return folder
+        return _name_one(folder)
 
     def path(self, root: Path) -> Path:
         """The folder; `root` is the workspace's directory."""
@@ -192,6 +191,44 @@ class TableSource(Section):
         return [root / Path(name).expanduser() for name in _several(self.table)]
 
 
+class ClipRetrievalSource(Section):
+    """Embeddings that somebody made already, read where they lie: no picture is fetched or encoded."""
+
+    decides = ("download",)
+
+    kind: Literal["clip-retrieval"] = Field(
+        "clip-retrieval", description="clip-retrieval: CLIP embeddings that you have, made by the encoder of this card"
+    )
+    folder: str = Field(
+        description="clip-retrieval's output (img_emb/, text_emb/, metadata/), or DataComp's .npz beside .parquet"
+    )
+    caption_column: str = Field("caption", description="column of the metadata with the caption")
+    arrays: str = Field("l14", description="of an .npz: l14 reads l14_img and l14_txt")
+    image_norm: float | None = Field(
+        None, gt=0, description="length of this encoder's image embeddings, where theirs was made 1; null: they kept it"
+    )
+    pictures: str | None = Field(
+        None, description="folder or tar with some of the pictures: the encoder is checked on them"
+    )
+    rows_per_shard: int = Field(10_000, ge=1, le=MANY, description="rows in one shard, and so in one part")
+    expected_rows: Annotated[int | None, NOTHING] = Field(
+        None, ge=1, le=1000 * MANY, description="pairs expected; for estimates of cost"
+    )
+
+    @field_validator("folder", "pictures")
+    @classmethod
+    def _name_it(cls, folder: str | None) -> str | None:
+        return None if folder is None else _name_one(folder)
+
+    def path(self, root: Path) -> Path:
+        """The folder of the embeddings; `root` is the workspace's directory."""
+        return root / Path(self.folder).expanduser()
+
+    def pictures_path(self, root: Path) -> Path | None:
+        """Where some of the pictures lie."""
+        return None if self.pictures is None else root / Path(self.pictures).expanduser()
+
+
 class OtherSource(WebOptions):
     """A list of image URLs that an installed package serves: see registry.py."""
 
@@ -219,12 +256,18 @@ def _named(names: str | list[str]) -> str | list[str]:
     return names
 
 
+def _name_one(name: str) -> str:
+    _named(name)
+    return name
+
+
 SOURCES: dict[str, type[Section]] = {
     "shapes": ShapesSource,
     "urls": UrlSource,
     "webdataset": WebdatasetSource,
     "folder": FolderSource,
     "table": TableSource,
+    "clip-retrieval": ClipRetrievalSource,
     "other": OtherSource,
 }
 
@@ -245,6 +288,7 @@ Source = Annotated[
     | Annotated[WebdatasetSource, Tag("webdataset")]
     | Annotated[FolderSource, Tag("folder")]
     | Annotated[TableSource, Tag("table")]
+    | Annotated[ClipRetrievalSource, Tag("clip-retrieval")]
     | Annotated[OtherSource, Tag("other")],
     Discriminator(
         _class_of,
@@ -255,7 +299,7 @@ Source = Annotated[
 ]
 FetchedSource = ShapesSource | UrlSource | OtherSource  # whose pictures `download` puts into images/
 CAPTIONS_GAIN = 0.86  # further captions of a picture of shapes for each one allowed: not every category fits each scene
-PLACES = ("urls", "shards", "folder", "table")  # keys of a source that name files
+PLACES = ("urls", "shards", "folder", "table", "pictures")  # keys of a source that name files
 
 
 def expected_rows(source: Source) -> int | None:
@@ -269,7 +313,7 @@ def named_files(source: Source, root: Path) -> list[Path]:
     """The local files and folders that a source names, without those of wildcards and braces."""
     if isinstance(source, (ShapesSource, OtherSource)):
         return []
-    if isinstance(source, FolderSource):
+    if isinstance(source, (FolderSource, ClipRetrievalSource)):
         return [source.path(root)]
     if isinstance(source, WebdatasetSource):
         local = [name for name in source.addresses(root) if "://" not in name]

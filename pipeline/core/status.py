@@ -21,7 +21,9 @@ def gather(ws: Workspace) -> dict[str, Any]:
     behind it are other ones now; `begun`; `stale` if what it was made from was made anew since; or `waiting`.
     """
     rows = [_row(ws.stage(name)) for name in STAGES]
-    first = next((row for row in rows if row["state"] != "complete"), None)
+    # Tars in images/ of which no download knows were put there by somebody: `embed` reads them, `download` refuses.
+    given = rows[0]["state"] == "waiting" and any(ws.images.glob("*.tar"))
+    first = next((row for row in rows[given:] if row["state"] != "complete"), None)
     return {
         "workspace": str(ws.root),
         "card": ws.card.name,

@@ -56,7 +56,12 @@ def _source(place: str) -> dict[str, Any]:
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    """Tars lie in the folder itself; pictures, tables and lists also deeper."""
+    """Tars and embeddings lie in the folder itself; pictures, tables and lists also deeper."""
+    paired = [path for path in folder.glob("*.npz") if path.with_suffix(".parquet").is_file()]  # DataComp's
+    if metadata := sorted((folder / "metadata").glob("*.parquet")) if (folder / "img_emb").is_dir() else paired:
+        table = min(metadata).with_suffix(".parquet")
+        caption = _first(CAPTIONS, column_names(table), table, "caption")
+        return {"kind": "clip-retrieval", "folder": str(folder), "caption_column": caption}
     if any(folder.glob("*.tar")):
         return {"kind": "webdataset", "shards": str(folder)}
     pictures, tables = False, []

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..cache.part import PartMeta
+from ..core.errors import EclipseError
 from ..images.decode import BadPictureError, Sample, open_picture, thumbnail
 from ..images.rejects import Reject
 from .clip import Encoder
@@ -33,6 +34,8 @@ TOKENS_PER_PICTURE = 32  # a batch of text holds this many tokens for each pictu
 AHEAD = 3  # batches queued on a GPU, or for each thread of a CPU, beyond the last one that is known to be done
 LONGEST_SIDES = 1000  # a picture this many times longer than wide would be blown up by the resize before the crop
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+NO_THUMBNAIL = np.zeros(256, np.uint8)  # of rows without a picture: flat, and so like no other
+LEAST_AGREEMENT = 0.98  # median cosine of embeddings that somebody made and this encoder's; another encoder's is near 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ class Lane:
 
     def _pictures(self, sample: Sample) -> list[Picture] | list[Reject]:
         """The sample, decoded; a Reject for each of its captions if that cannot be done."""
+        if sample.embedded is not None:
+            pixels = NO_PIXELS
+            with suppress(BadPictureError):
+                pixels = self.encoder.preprocess(open_picture(sample.data)) if sample.data else NO_PIXELS
+            return [Picture(replace(sample, data=b""), sample.embedded.size, pixels, NO_THUMBNAIL)]
         try:
             image = open_picture(sample.data)
         except BadPictureError as error:
@@ -208,6 +216,9 @@ class Lane:
 
     def _encode_images(self, pictures: list[Picture], report: Callable[[Event], None]) -> Tensor:
         """(B, D) float32 on the device, on a GPU perhaps still being computed."""
+        if pictures[0].sample.embedded is not None:
+            report(Advanced(len(pictures), 0))
+            return self._embedded_before(pictures)
         shape = (len(pictures), *pictures[0].pixels.shape)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
         np.stack([picture.pixels for picture in pictures], out=pixels.numpy())
@@ -222,6 +233,32 @@ class Lane:
                 self._events.popleft().synchronize()
         report(Advanced(len(pictures), 0))
         return embedding
+
+    def _embedded_before(self, pictures: list[Picture]) -> Tensor:
+        """(B, D) as somebody made them; checked on the pictures that are there."""
+        given = torch.from_numpy(np.stack([e.image for p in pictures if (e := p.sample.embedded)]))
+        if given.shape[1] != self.encoder.embedding_dim:
+            what = f"these embeddings have {given.shape[1]} dimensions, the card's encoder {self.encoder.embedding_dim}"
+            raise EclipseError(what, hint="name the encoder that made them in the card")
+        given = given.to(self.encoder.device)
+        if shown := [place for place, picture in enumerate(pictures) if picture.pixels.size]:
+            seen = self.encoder.encode_images(torch.from_numpy(np.stack([pictures[place].pixels for place in shown])))
+            self._require_same("image", given[shown], seen)
+            before, after = (float(some.norm(dim=1).median()) for some in (given[shown], seen))
+            if not 0.9 < after / max(before, 1e-12) < 1.1:
+                what = f"these image embeddings have length {before:.3g}, those of their pictures {after:.4g}"
+                raise EclipseError(what, hint=f"set source.image_norm: {after:.4g}")
+        return given
+
+    def _require_same(self, kind: str, given: Tensor, ours: Tensor) -> None:
+        agreement = float((normalize(given, dim=-1) * normalize(ours, dim=-1)).sum(-1).median())
+        if not agreement >= LEAST_AGREEMENT:
+            raise EclipseError(
+                f"the card's encoder did not make these {kind} embeddings: its own agree with them by a cosine of "
+                f"{agreement:.2f}",
+                hint="name the encoder that made them in the card"
+                + (", and the column of captions they were made from" if kind == "text" else ""),
+            )
 
     def _flush(self, shard: Shard, state: _Encoding, writer: LaneWriter) -> None:
         """Encode the captions of the open chunk, shortest first, and hand it to the writer."""
@@ -261,6 +298,10 @@ class Lane:
         places, owners = self._on_device(order), self._on_device(owner)
         text = torch.empty(len(order), image.shape[1], dtype=image.dtype, device=image.device)
         text[places] = torch.cat(embeddings)
+        before = [e.text for i in owner if (e := pictures[i].sample.embedded) and e.text is not None]
+        if before:
+            given = torch.from_numpy(np.stack(before).astype(np.float32)).to(text.device)
+            self._require_same("text", given, text)
         unit = normalize(image, dim=-1)
         return Chunk(
             pictures=pictures,

@@ -31,6 +31,7 @@ MOST_WRONG = 0.65  # share of wrong captions beyond which it is the encoder that
 LEAST_POWER = 0.85  # how often a right caption must beat one dealt at random; below, the encoder tells too little
 PICTURES_A_CLUSTER = 100  # of the clusters that targets choose from, on average
 MOST_CLUSTERS = 100_000
+THUMBNAILS_LOOKED_AT = 1000  # rows; if all these are blank, the rows were made without pictures
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,12 @@ def near_copy(inputs: Inputs) -> Finding | None:
     cosine, concordance, limit = options.near_copy_cosine, options.near_copy_thumbnail, options.near_copy_picture
     if cosine is None or not len(inputs.rows):
         return None
+    if not evidence.store.thumbnails(inputs.rows[:THUMBNAILS_LOOKED_AT]).any():
+        warning = (
+            "near_copy held back: rows of embeddings that somebody else made have no thumbnails to compare; "
+            "semantic_cosine compares their embeddings alone"
+        )
+        return Finding(inputs.rows[:0], threshold=cosine, warning=warning)
     best_first = options.keep == "best"
     alike = evidence.alike(cosine, concordance, best_first)
     pictures, rank = _pictures(inputs)

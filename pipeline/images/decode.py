@@ -44,10 +44,21 @@ warnings.filterwarnings("ignore", module=r"PIL\..*")  # remarks on odd EXIF and 
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """What CLIP made of a sample before: image (D,) float32 of CLIP's own length; text (D,) of any, or None; the
+    picture's width and height, 0 where they are not known."""
+
+    image: np.ndarray
+    text: np.ndarray | None
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture with its captions (at least one), not decoded yet.
 
-    image_sha256: 32 bytes, of the picture as it was downloaded.
+    image_sha256: 32 bytes, of the picture as it was downloaded. embedded: by whoever ran CLIP before; `data` is empty
+    then, or there to check that encoder by.
     """
 
     shard: str
@@ -56,6 +67,7 @@ class Sample:
     captions: tuple[str, ...]
     url: str
     image_sha256: bytes
+    embedded: Embedded | None = None
 
     @property
     def caption(self) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EclipseError, UsageError
 from ..core.files import atomic_path, write_json
-from ..core.source import FetchedSource, FolderSource, TableSource, WebdatasetSource
+from ..core.source import PLACES, ClipRetrievalSource, FetchedSource, FolderSource, TableSource, WebdatasetSource
 from .folder import FolderShard, list_folder, write_listing
 from .shards import ImageShard, TarShard, numbered_shards
 from .table import TableShard, table_files, table_rows
 from .tar import is_remote
+from .vectors import VectorShard, find_vectors
 
 if TYPE_CHECKING:
     from ..core.source import Source
@@ -81,13 +82,18 @@ def _shard(ws: Workspace, source: Source, entry: Entry) -> ImageShard:
         return TarShard(entry["address"], source.caption_key)
     if isinstance(source, FolderSource):
         return FolderShard(source.path(ws.root), ws.root / entry["listing"])
+    if isinstance(source, ClipRetrievalSource):
+        image, text = ((Path(a[0]), a[1]) if (a := entry[name]) else None for name in ("image", "text"))
+        assert image is not None
+        rows = (Path(entry["metadata"]), entry["start"], entry["stop"])
+        return VectorShard(image, text, *rows, source.caption_column, source.image_norm, source.pictures_path(ws.root))
     assert isinstance(source, TableSource)
     columns = (source.image_column, source.caption_column)
     return TableShard(ws.root / entry["path"], entry["start"], entry["stop"], *columns)
 
 
 def _place(source: Source) -> str:
-    named = getattr(source, source.kind if source.kind != "webdataset" else "shards", "")
+    named = next(getattr(source, place) for place in PLACES if hasattr(source, place))
     return ", ".join([named] if isinstance(named, str) else named)
 
 
@@ -161,8 +167,19 @@ def _new_rows(ws: Workspace, source: TableSource, known: list[Entry]) -> Iterato
                 yield {"path": str(path), "start": start, "stop": min(start + source.rows_per_shard, rows)}
 
 
+def _new_vectors(ws: Workspace, source: ClipRetrievalSource, known: list[Entry]) -> Iterator[Entry]:
+    """Rows of embeddings that are in no shard yet, `rows_per_shard` at a time."""
+    ends: dict[str, int] = {}
+    for entry in known:
+        ends[entry["metadata"]] = max(ends.get(entry["metadata"], 0), entry["stop"])
+    for cache, rows in find_vectors(source.path(ws.root), source.arrays, source.caption_column):
+        for start in range(ends.get(cache["metadata"], 0), rows, source.rows_per_shard):
+            yield {**cache, "start": start, "stop": min(start + source.rows_per_shard, rows)}
+
+
 LISTERS: dict[str, Callable[[Workspace, Any, list[Entry]], Iterator[Entry]]] = {
     "webdataset": _new_tars,
     "folder": _new_files,
     "table": _new_rows,
+    "clip-retrieval": _new_vectors,
 }

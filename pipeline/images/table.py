@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,7 @@ class TableShard:
 
     def content(self) -> str:
         """The table's size, sixteen samples of it, and which rows these are."""
-        try:
-            require_regular(self.path)
-            size = self.path.stat().st_size
-            digest = hashlib.sha256(f"{size} {self.start} {self.stop}".encode())
-            with self.path.open("rb") as file:
-                for index in range(SAMPLED_BLOCKS):
-                    file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
-                    digest.update(file.read(BLOCK))
-        except OSError as error:
-            raise EclipseError(f"cannot read the table: {error.strerror or error}", where=str(self.path)) from error
-        return digest.hexdigest()
+        return mark_of([self.path], f"{self.start} {self.stop}")
 
     def expected(self) -> int | None:
         return self.stop - self.start
@@ -74,12 +64,29 @@ class TableShard:
         """(row number, value of each column) of the shard's rows."""
         try:
             number = self.start
-            for batch in _batches(self.path, columns, self.start, self.stop):
+            for batch in batches(self.path, columns, self.start, self.stop):
                 for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                     yield number, *values
                     number += 1
         except (OSError, pa.ArrowException, KeyError) as error:
             raise EclipseError(f"cannot read the table: {error}", where=str(self.path)) from error
+
+
+def mark_of(paths: Sequence[Path], more: str) -> str:
+    """A cheap mark of files: their sizes, sixteen samples of each, and `more`. Raises EclipseError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            require_regular(path)
+            size = path.stat().st_size
+            digest.update(f"{size} {more}".encode())
+            with path.open("rb") as file:
+                for index in range(SAMPLED_BLOCKS):
+                    file.seek(index * max(size - BLOCK, 0) // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+        except OSError as error:
+            raise EclipseError(f"cannot read it: {error.strerror or error}", where=str(path)) from error
+    return digest.hexdigest()
 
 
 def table_files(place: Path) -> list[Path]:
@@ -121,7 +128,7 @@ def table_rows(path: Path, image: str, caption: str) -> int:
     return rows
 
 
-def _batches(path: Path, columns: list[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+def batches(path: Path, columns: list[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
     """Rows start to stop, a few at a time."""
     if path.suffix != ".parquet":
         yield from read_arrow(path).select(columns).slice(start, stop - start).to_batches(max_chunksize=BATCH)

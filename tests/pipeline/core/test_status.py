@@ -28,6 +28,18 @@ def states(found: dict) -> dict[str, str]:
     return {row["stage"]: row["state"] for row in found["stages"]}
 
 
+def test_tars_that_somebody_put_there_are_embedded_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ws = Workspace.create(tmp_path, Card.load("coco"))
+    monkeypatch.chdir(tmp_path)
+    assert gather(ws)["next"] == "eclipse download"
+    ws.images.mkdir()
+    (ws.images / "mine.tar").touch()
+    assert gather(ws)["next"] == "eclipse embed"
+    ws.embeddings.mkdir()
+    finish(ws, "embed", summary={"rows": 1})
+    assert gather(ws)["next"] == "eclipse filter"
+
+
 def test_done_begun_and_waiting(ws: Workspace):
     found = gather(ws)
     expected = {"download": "complete", "embed": "begun", "filter": "waiting", "train": "waiting"}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +21,7 @@ from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.download.propose import propose
 from eclipse.pipeline.download.stage import download
 from eclipse.pipeline.embed.stage import embed
+from eclipse.pipeline.filter.stage import filter_cache
 from eclipse.pipeline.images.decode import Sample
 from eclipse.pipeline.images.rejects import Reject, read_rejected
 from eclipse.pipeline.images.shards import picture_files
@@ -68,7 +72,13 @@ def contents(ws: Workspace) -> list[tuple]:
     """Everything of the parts that does not depend on where a picture lay."""
     store = Store.open(ws.embeddings)
     names = ["uid", "caption", "image_sha256", "thumbnail", "width", "height", "n_tokens"]
-    columns = [store.column(name).to_pylist() for name in names]
+    columns: list[Sequence] = [store.column(name).to_pylist() for name in names]
+    columns += [
+        [row.tobytes() for row in read(np.arange(len(store)))]
+        for read in (store.image_embeddings, store.text_embeddings)
+    ]
+    states, offsets = store.token_states(np.arange(len(store)))
+    columns.append([states[start:end].tobytes() for start, end in pairwise(offsets)])
     return sorted(zip(*columns, strict=True))
 
 
@@ -193,6 +203,70 @@ def test_what_is_missing_or_odd_is_said_or_set_aside(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=match):
             embed(workspace(tmp_path / f"ws-{place}", source), QUIET, gpus=0)
+
+
+def test_embeddings_made_elsewhere_become_the_same_parts_without_a_picture(tmp_path: Path):
+    """clip-retrieval's output and DataComp's, as the shipped CLIP would have written them, lengths made 1."""
+    made = workspace(tmp_path / "made", {"kind": "webdataset", "shards": str(tars(tmp_path / "tars"))})
+    embed(made, QUIET, gpus=0)
+    store = Store.open(made.embeddings)
+    everything = np.arange(len(store))
+    image, text = (read(everything).astype(np.float32) for read in (store.image_embeddings, store.text_embeddings))
+    norm = float(np.linalg.norm(image, axis=1).mean())
+    digests = [digest.hex() for digest in store.column("image_sha256").to_pylist()]
+    columns = {
+        "image_path": store.column("key").to_pylist(), "caption": store.column("caption").to_pylist(),
+        "sha256": digests, "width": store.column("width").to_pylist(), "original_height": [300] * len(store),
+    }  # fmt: skip
+    cache = tmp_path / "cache"
+    for name in ("img_emb", "text_emb", "metadata"):
+        (cache / name).mkdir(parents=True)
+    for number, rows in enumerate([slice(0, 25), slice(25, 60)]):
+        for name, array in (("img_emb", image), ("text_emb", text)):
+            unit = array[rows] / np.linalg.norm(array[rows], axis=1, keepdims=True)
+            np.save(cache / name / f"{name}_{number}.npy", unit.astype(np.float16))
+        some = {name: values[rows] for name, values in columns.items()}
+        pq.write_table(pa.table(some), cache / f"metadata/metadata_{number}.parquet")
+    card = propose(str(cache), "shapes", "x")
+    assert card.source.kind == "clip-retrieval" and card.source.folder == str(cache)
+
+    source = {"kind": "clip-retrieval", "folder": str(cache), "rows_per_shard": 20}
+    with pytest.raises(EclipseError, match="made to have length 1"):
+        embed(workspace(tmp_path / "a", source), QUIET, gpus=0)
+    one_tar = {"pictures": str(tmp_path / "tars/cc-00000.tar")}
+    with pytest.raises(EclipseError, match=r"set source.image_norm: \d"):
+        embed(workspace(tmp_path / "b", {**source, **one_tar}), QUIET, gpus=0)
+    ws = workspace(tmp_path / "ws", {**source, **one_tar, "image_norm": norm})
+    assert embed(ws, QUIET, gpus=0)["parts"] == 4  # 20 + 5 and 20 + 15 rows
+    found = Store.open(ws.embeddings)
+    for name in ("uid", "caption", "image_sha256", "width", "n_tokens"):
+        assert found.column(name).to_pylist() == store.column(name).to_pylist(), name
+    assert set(found.column("height").to_pylist()) == {300} and not found.thumbnails(everything).any()
+    again = found.image_embeddings(everything).astype(np.float32)
+    assert np.allclose(np.linalg.norm(again, axis=1), norm, rtol=0.01)
+    assert ((again * image).sum(1) / np.linalg.norm(again, axis=1) / np.linalg.norm(image, axis=1)).min() > 0.999
+    assert np.allclose(found.text_embeddings(everything), text, atol=0.02), "of CLIP's own length"
+    assert np.allclose(found.token_states(everything)[0], store.token_states(everything)[0], atol=0.02)
+    assert dict(picture_files(shards_of(ws), [(0, "000000000")])), "pictures at hand are shown"
+
+    np.save(cache / "text_emb/text_emb_0.npy", np.roll(np.load(cache / "text_emb/text_emb_0.npy"), 1, axis=1))
+    with pytest.raises(EclipseError, match="did not make these text embeddings"):
+        embed(workspace(tmp_path / "c", {**source, "image_norm": norm}), QUIET, gpus=0)
+    np.save(cache / "img_emb/img_emb_0.npy", np.roll(np.load(cache / "img_emb/img_emb_0.npy"), 1, axis=1))
+    with pytest.raises(EclipseError, match="did not make these image embeddings"):
+        embed(workspace(tmp_path / "d", {**source, **one_tar, "image_norm": norm}), QUIET, gpus=0)
+
+    datacomp = tmp_path / "datacomp"
+    datacomp.mkdir()
+    np.savez(datacomp / "0a1b.npz", l14_img=image.astype(np.float16), l14_txt=text.astype(np.float16))
+    pq.write_table(pa.table({"text": columns["caption"], "sha256": digests}), datacomp / "0a1b.parquet")
+    proposed = propose(str(datacomp), "shapes", "x")
+    assert proposed.source.kind == "clip-retrieval" and proposed.source.caption_column == "text"
+    raw = Workspace.create(tmp_path / "raw", proposed)
+    embed(raw, QUIET, gpus=0)
+    assert np.array_equal(Store.open(raw.embeddings).image_embeddings(everything), image.astype(np.float16))
+    report = filter_cache(raw, QUIET)
+    assert any("no thumbnails" in str(value) for value in report.values())
 
 
 def test_arrow_streams_and_dataset_folders_are_read(tmp_path: Path):
