@@ -49,17 +49,18 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.close()
 
-    def add(self, kind: str, step: int, figures: dict[str, float]) -> None:
-        """Record the figures after this step. What is not finite becomes null, which JSON can hold."""
+    def add(self, kind: str, step: int, figures: dict[str, float]) -> dict[str, Any]:
+        """Record the figures after this step: the line written. What is not finite is null, which JSON can hold."""
         self._latest[kind] = figures
-        if not self._active:
-            return
-        figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # type: ignore
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        if kind == "validation" or step % EVERY == 0:
-            finite = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
-            for tracker in self._trackers:
-                tracker.add(step, finite)
+        line = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        line = {"step": step, "kind": kind, **line}
+        if self._active:
+            self._file.write(json.dumps(line) + "\n")
+            if kind == "validation" or step % EVERY == 0:
+                finite = {f"{kind}/{name}": value for name, value in figures.items() if math.isfinite(value)}
+                for tracker in self._trackers:
+                    tracker.add(step, finite)
+        return line
 
     def flush(self) -> None:
         """Bring metrics.jsonl up to date on disk."""

@@ -12,7 +12,7 @@ from .data.batches import Batches
 from .data.verify import PageCheck
 from .distributed import DistEnv, describe
 from .evaluate import beside_baselines, embedding_metrics, nearest_pictures, some_captions
-from .log import MetricsLog, add_sample, draw_curves, read_metrics
+from .log import MetricsLog, add_sample, draw_curves
 from .model.prior import save_prior
 from .pace import Pace
 from .run import Run, TrainJob, prepare
@@ -126,7 +126,7 @@ def validate(run: Run, log: MetricsLog) -> None:
     )
     if not run.world.is_main:
         return
-    log.add("validation", run.step, metrics)
+    run.validation = log.add("validation", run.step, metrics)
     some = some_captions(run.validation_rows, run.job.validation_seed, SHOWN_OVER_TIME)
     of = run.average, run.store, some, run.validation_rows, run.job.validation_seed
     found, cosine = nearest_pictures(*of, 1, states_from=run.states_from)
@@ -148,9 +148,7 @@ def finish(run: Run, log: MetricsLog, speed: dict[str, Any]) -> dict[str, Any]:
     if run.world.is_main:
         save_prior(run.average, final)
         draw_curves(log.path, job.report)
-    validation = [line for line in read_metrics(log.path) if line["kind"] == "validation"]
-    # A metrics.jsonl of an earlier version has no baselines in it.
-    measured = beside_baselines(validation[-1]) if validation and "mean_cosine_image" in validation[-1] else {}
+    measured = beside_baselines(run.validation) if run.validation else {}
     return {
         "arm": job.options.arm,
         **({"init": job.options.init} if job.options.init else {}),
@@ -161,7 +159,7 @@ def finish(run: Run, log: MetricsLog, speed: dict[str, Any]) -> dict[str, Any]:
         "validation_rows": len(run.validation_rows),
         "device": f"{run.world.size} × {describe(run.world.device)}",
         **speed,
-        "validation": validation[-1] if validation else {},
+        "validation": run.validation,
         **measured,
         "best": run.best,
         "prior": str(final),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ class Run:
     states_from: StatesFrom | None
     step: int = 0
     best: dict[str, Any] | None = None
+    validation: dict[str, Any] = field(default_factory=dict)  # the latest: checksummed with the checkpoint, unlike a log
 
     @property
     def half(self) -> bool:
@@ -102,6 +103,7 @@ class Run:
             "rows": _identity(self.rows),
             "guard": asdict(self.guard),
             "best": self.best,
+            "validation": self.validation,
         }
         tensors = {
             "prior": self.prior.state_dict(),
@@ -127,6 +129,7 @@ class Run:
         restore_optimizers(self.optimizers, self.prior, found.tensors["optimizer"])
         self.guard = Guard(**state["guard"])
         self.step, self.best = found.step, state["best"]
+        self.validation = state.get("validation", {})  # which former versions did not keep
         if self.world.is_main:  # which a run killed just after it wrote the checkpoint has not done
             point_latest(folder, self.step)
         if state["fingerprint"] == self.job.continues and self.world.is_main:
