@@ -1,8 +1,9 @@
-"""Forks one `eclipse` command after the other, everything heavy imported once. Started by faults.py."""
+"""Forks one `eclipse` command after the other, in a process that has imported what they need. Started by faults.py."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -11,16 +12,6 @@ import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
-
-HEAVY = (
-    "eclipse.cli", "eclipse.pipeline.run", "eclipse.pipeline.report.index", "torch", "diffusers", "open_clip",
-    "faiss", "polars", "matplotlib.figure", "torch.utils.tensorboard", "jinja2",
-    "scipy.sparse.csgraph", "eclipse.pipeline.download.stage", "eclipse.pipeline.embed.stage",
-    "eclipse.pipeline.embed.lane", "eclipse.pipeline.filter.stage",
-    "eclipse.pipeline.report.download", "eclipse.pipeline.report.embed",
-    "eclipse.trainer.stage", "eclipse.decode.render", "eclipse.decode.kandinsky", "eclipse.decode.gallery",
-    "eclipse.lab.score",
-)  # fmt: skip
 
 
 def child(job: dict[str, Any]) -> NoReturn:
@@ -32,7 +23,7 @@ def child(job: dict[str, Any]) -> NoReturn:
         os.dup2(descriptor, standard)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
     sys.argv = ["eclipse", *job["arguments"]]
-    code = 1
+    code, before = 1, set(sys.modules)
     try:
         app(job["arguments"])
     except SystemExit as done:
@@ -43,20 +34,19 @@ def child(job: dict[str, Any]) -> NoReturn:
         traceback.print_exc()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    Path(job["imported"]).write_text("\n".join(name for name in sys.modules if name not in before))
     os._exit(code)
 
 
-def _draw_nothing() -> None:
-    """Files with drawings in them are still written, without what takes most of a small run's time."""
-    from matplotlib.figure import Figure
+def draw_nothing() -> None:
+    """Pages are still written, without what takes most of a small run's time."""
+    from markupsafe import Markup
 
-    def savefig(figure: Figure, file: Any, **options: Any) -> None:
-        if isinstance(file, (str, os.PathLike)):
-            Path(file).write_bytes(b"a drawing")
-        else:
-            file.write("<svg></svg>")
+    from ..pipeline.report import charts
 
-    Figure.savefig = savefig
+    for name, drawn in vars(charts).items():
+        if inspect.isfunction(drawn) and not name.startswith("_"):
+            setattr(charts, name, lambda *_, **__: Markup("<svg></svg>"))
 
 
 def descendants(pid: int) -> list[int]:
@@ -93,16 +83,19 @@ def main() -> None:
     """One job a line in, one exit code a line out, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    for name in HEAVY:
-        with contextlib.suppress(ImportError):  # a module that has moved only costs time
-            import_module(name)
-    _draw_nothing()
+    draw_nothing()
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
             child(job)
         answers.write(json.dumps(wait(pid, job["timeout_s"], job["signals"])) + "\n")
+        imported = Path(job["imported"])
+        if imported.exists():  # so that the next run finds it
+            for name in imported.read_text().splitlines():
+                with contextlib.suppress(Exception):
+                    import_module(name)
+            imported.unlink()
 
 
 if __name__ == "__main__":
