@@ -227,13 +227,13 @@ def misbehaved(stopped: Outcome, mode: int) -> str:
 
 def on_disk(root: Path) -> str:
     """A digest of all that a run finds below `root`: names (but for process ids in them) and contents, of JSON without
-    times and process ids, of pages and drawings (which nothing reads) the size alone."""
+    times and process ids, of pages and drawings (which nothing reads) whether they are empty."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         name = re.sub(r"(?<=\.tmp-)\d+|(?<=tfevents).*", "", path.relative_to(root).as_posix())
         if path.is_symlink():
             content = str(path.readlink())
-        elif path.is_dir() or name == ".lock":
+        elif path.is_dir() or ".tmp" in name or name == ".lock":  # what is temporary is swept, by its name
             content = ""
         elif "tfevents" in path.name or name.endswith(NAMED_ALONE):
             content = str(path.stat().st_size > 0)

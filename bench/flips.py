@@ -12,27 +12,47 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .faults import Faults, contents, differences, small_workspace
+from .faults import KILL, Faults, contents, differences, small_workspace
+from .results import arguments, hardware, record, table
 
-# (files, the steps that read them): patterns below a workspace in which every stage before the first step is done.
-READ: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("images/*.tar", ("embed",)),
-    ("images/*.parquet", ("embed",)),
-    ("images/*_stats.json", ("embed",)),
-    ("logs/state/download.json", ("embed",)),
-    ("rejected.parquet", ("embed",)),
-    ("embeddings/part-*.parquet", ("filter", "train", "evaluate")),
-    ("logs/state/embed.json", ("filter",)),
-    ("selection.parquet", ("train",)),
-    ("logs/state/filter.json", ("train",)),
-    ("prior/final/*", ("render", "evaluate")),
-    ("logs/state/train.json", ("render",)),
-    ("renders/*.safetensors", ("render",)),
-)
+# What is read by which command, by the stage that is the last one done before. "train begun": stopped at its second
+# checkpoint.
+READ: dict[str, tuple[tuple[str, str], ...]] = {
+    "download": (
+        ("images/*.tar", "embed"),
+        ("images/*.parquet", "embed"),
+        ("images/*_stats.json", "embed"),
+        ("logs/state/download.json", "embed"),
+        ("rejected.parquet", "embed"),
+        ("logs/download-*.json", "download"),
+    ),
+    "embed": (("embeddings/part-*.parquet", "filter"), ("logs/state/embed.json", "filter")),
+    "filter": (
+        ("embeddings/part-*.parquet", "train"),
+        ("selection.parquet", "train"),
+        ("logs/state/filter.json", "train"),
+        ("logs/filter/*.parquet", "filter --overwrite"),
+    ),
+    "train begun": (
+        ("prior/checkpoints/*/*", "train"),
+        ("prior/metrics.jsonl", "train"),
+        ("logs/state/train.begun.json", "train"),
+    ),
+    "train": (("prior/final/*", "render"), ("logs/state/train.json", "render")),
+    "render": (
+        ("prior/final/*", "evaluate"),
+        ("embeddings/part-*.parquet", "evaluate"),
+        ("selection.parquet", "evaluate"),
+        ("renders/*.safetensors", "render --overwrite"),
+        ("renders/default/**/*", "render"),
+    ),
+}
+# Appended to line by line and checked by nothing: curves are drawn from it, and no figure of a summary is read there.
+CURVES = "prior/metrics.jsonl"
 
 
 @dataclass
@@ -54,14 +74,11 @@ def flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
-def try_bits(
-    faults: Faults, base: Path, files: str, step: str, *, bits: int, seed: int = 0, arguments: Sequence[str] = ()
-) -> Tally:
-    """Flip `bits` bits, one at a time and anywhere, in the first file that matches, and run the step on each."""
-    command = [step, "--quiet", *arguments]
+def try_bits(faults: Faults, base: Path, files: str, step: str, *, bits: int, seed: int = 0) -> Tally:
+    """Flip `bits` bits, one at a time and anywhere, in the files that match, and run the step on each."""
+    command = [*step.split(), "--quiet"]
     faults.restore(base)
     tally, rng = Tally(files, step), random.Random(f"{seed} {files} {step}")
-    # Footers and headers are small and where it matters most: half of the bits go to the ends.
     found = sorted(path for path in faults.ws.glob(files) if path.is_file() and path.stat().st_size)
     if not found:
         return tally
@@ -72,25 +89,27 @@ def try_bits(
         path = faults.ws / rng.choice(found).relative_to(faults.ws)
         size = 8 * path.stat().st_size
         end = min(size, 8 * 2048)
+        # Footers and headers are small and where it matters most: half of the bits go to the ends.
         bit = (rng.randrange(size), rng.randrange(end), size - 1 - rng.randrange(end))[number % 4 % 3]
         flip(path, bit)
         name = path.relative_to(faults.ws).as_posix()
         flipped = path.read_bytes()
         outcome = faults.run(command)
+        named = any(each in outcome.said for each in (path.name, path.stem, path.parent.name))
         if outcome.code is None or "Traceback" in outcome.said or "unexpected" in outcome.said:
             verdict = "SILENT"
             tally.silent.append(f"{name}, bit {bit}, {step}: hung or not understood: {outcome.said[-300:]}")
         elif outcome.code:
-            verdict = "named" if path.name in outcome.said or path.stem in outcome.said else "noticed"
+            verdict = "named" if named else "noticed"
         else:
             now = contents(faults.ws)
             # The damaged file itself may stay as it is, where it was no step's own to mend.
-            if path.exists() and path.read_bytes() == flipped:
+            if files == CURVES or (path.exists() and path.read_bytes() == flipped):
                 now[name] = wanted.get(name)
             unlike = differences(wanted, now)
             verdict = "SILENT" if unlike else "harmless or mended"
             if unlike:
-                tally.silent.append(f"{name}, bit {bit}, {step}: {unlike}")
+                tally.silent.append(f"{name}, bit {bit}, {step}: {unlike}; it said: {outcome.said[-300:]}")
         tally.bits[verdict] += 1
     return tally
 
@@ -98,29 +117,47 @@ def try_bits(
 def tallies(faults: Faults, *, bits: int) -> Iterator[Tally]:
     """Every pair of READ on a small workspace."""
     small_workspace(faults.folder)
-    for stage in ("download", "embed", "filter", "train", "render", "evaluate"):
-        base = faults.folder / f"before-{stage}"
-        shutil.copytree(faults.ws, base, symlinks=True)
-        for files, steps in READ:
-            if stage in steps:
-                yield try_bits(faults, base, files, stage, bits=bits)
-        faults.restore(base)
+    for stage in ("download", "embed", "filter", "train", "render"):
+        if stage == "train":
+            yield from _interrupted_training(faults, bits)
         assert (outcome := faults.run([stage, "--quiet"])).code == 0, outcome.said
+        base = faults.folder / f"after-{stage}"
+        shutil.copytree(faults.ws, base, symlinks=True)
+        for files, step in READ[stage]:
+            yield try_bits(faults, base, files, step, bits=bits)
+        faults.restore(base)
+
+
+def _interrupted_training(faults: Faults, bits: int) -> Iterator[Tally]:
+    before, begun = faults.folder / "before-train", faults.folder / "train-begun"
+    shutil.copytree(faults.ws, before, symlinks=True)
+    points = faults.points(["train", "--quiet"])
+    second = [at for at, point in enumerate(points, 1) if point.endswith("-step-00000004")]
+    faults.restore(before)
+    faults.run(["train", "--quiet"], KILL, second[0])
+    shutil.copytree(faults.ws, begun, symlinks=True)
+    for files, step in READ["train begun"]:
+        yield try_bits(faults, begun, files, step, bits=bits)
+    faults.restore(before)
 
 
 def main() -> None:
-    """Print a line for each kind of file and step, and what was silent."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Flip the bits and write the table; below it what was silent."""
+    parser = arguments(__doc__)
     parser.add_argument("--bits", type=int, default=12, help="flips for each kind of file and step")
-    bits = parser.parse_args().bits
+    chosen = parser.parse_args()
+    machine, rows, silent = hardware(), [], []
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
-        for tally in tallies(faults, bits=bits):
+        for tally in tallies(faults, bits=chosen.bits):
             found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(tally.bits.items())) or "no such file"
             print(f"{tally.files} under {tally.step}: {found}", flush=True)
-            for each in tally.silent:
-                print(f"  {each}", flush=True)
+            rows.append([f"`{tally.files}`", tally.step, found])
+            silent += tally.silent
+    columns = ["files", "step that reads them", "what became of the flipped bits"]
+    body = "\n".join([table(columns, rows), "", *(f"- {each}" for each in silent or ["None was silent."])])
+    record(
+        "flips.py", "One flipped bit in each kind of file", body, {"bits a row": chosen.bits}, machine, chosen.results
+    )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from eclipse.bench.faults import FULL, KILL, Faults, compiler
+from eclipse.bench.faults import Faults, compiler
 from learnable_cache import make_workspace as make_learnable
 from shards import good_samples, make_workspace, write_shard
 from tiny_clip import make_clip
+from tiny_workspace import make_workspace as make_tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler, to build bench/faults.c")
 
@@ -25,27 +26,35 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
 def base(faults: Faults, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A workspace in which the stage named by the parameter is to be run."""
     shutil.rmtree(faults.ws, ignore_errors=True)
-    if request.param == "embed":
+    if request.param == "train":
+        make_learnable(faults.ws, pictures=20, steps=2, batch_size=8, checkpoint_every=1, validate_every=2)
+    elif request.param == "render":
+        make_tiny(faults.folder)
+    else:
         ws = make_workspace(faults.ws, make_clip(tmp_path / "clip"))
         write_shard(ws.images / "00000.tar", good_samples(0, 3))
-    else:
-        make_learnable(faults.ws, pictures=20, steps=2, batch_size=8, checkpoint_every=1, validate_every=2)
+        if request.param == "filter":
+            assert (outcome := faults.run(["embed", "--quiet"])).code == 0, outcome.said
     shutil.copytree(faults.ws, tmp_path / "base")
     return tmp_path / "base"
 
 
 # How far apart the points are that are taken; `python -m eclipse.bench.faults` takes every one, of every stage.
 @pytest.mark.parametrize(
-    ("base", "modes", "every"), [("embed", [KILL], 12), ("train", [KILL, FULL], 30)], indirect=["base"]
+    ("base", "every"), [("filter", 1), ("render", 1), ("embed", 5), ("train", 15)], indirect=["base"]
 )
 def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
-    faults: Faults, base: Path, modes: list[int], every: int, request: pytest.FixtureRequest
+    faults: Faults, base: Path, every: int, request: pytest.FixtureRequest
 ) -> None:
     stage = request.node.callspec.params["base"]
-    found = faults.stop_everywhere(stage, base, [stage, "--quiet"], modes=modes, every=every)
-    print(f"{stage}: {sum(found.points.values())} points {dict(found.points)}, {found.runs} of them tried")
+    found = faults.stop_everywhere(
+        stage, base, [stage, "--quiet", *(["a red cube"] if stage == "render" else [])], every=every
+    )
+    print(
+        f"{stage}: {sum(found.points.values())} points {dict(found.points)}, {found.runs} runs, {found.resumed} resumed"
+    )
     assert not found.wrong, "\n".join(found.wrong)
-    assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 3
+    assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 10
 
 
 def test_a_write_that_is_not_made_whole_is_found(faults: Faults, tmp_path: Path) -> None:
