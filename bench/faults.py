@@ -50,7 +50,7 @@ VOLATILE = {
 }
 NAMED_ALONE = (".html", ".svg", ".log", ".lock")  # reports hold times and drawings; that they are there is compared
 SKIPPED = ("logs/state/", "events.out.tfevents", "train.png")  # compared otherwise, or named by time
-TIMEOUT_S = 300.0  # of a clock that stands nearly still where a machine has much else to do
+TIMEOUT_S = 900.0  # of a clock that stands nearly still where a machine has much else to do
 FULL_SAID = ("disk is full", "No space left on device")
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from .core import hub
-from .core.card import CARD_NAME, Card, card_names, resolve
+from .core.card import CARD_NAME, STAGES, Card, card_names, resolve
 from .core.errors import EclipseError
 from .core.progress import Progress
 from .core.source import FetchOptions, Source, TableSource, UrlSource, WebdatasetSource, expected_rows, named_files
+from .core.stage import DIGESTED_BYTES, Stage
 from .core.workspace import Workspace
 
 DISTRIBUTION = "eclipse-prior"
@@ -344,6 +345,27 @@ def _read_json(path: Path) -> Any:
 
 
 def _workspace(ws: Workspace, progress: Progress) -> list[dict[str, str]]:
+    """What every finished stage left, as `require_intact` looks at it, and each page of the stored parts."""
+    return [*_stored_features(ws, progress), *(line for name in STAGES if (line := _left_by(ws.stage(name))))]
+
+
+def _left_by(stage: Stage) -> dict[str, str] | None:
+    """Whether the files that a stage left are what it left, and by which of them that can only be told by size."""
+    name, hint = f"files of {stage.name}", f"run `eclipse {stage.name}`: it mends what is missing"
+    try:
+        state, damage = stage.finished, stage.damage()
+    except EclipseError as error:
+        return check("broken", name, error.where or "", f"{error.what}; {error.hint or ''}")
+    if state is None:
+        return None
+    if damage:
+        return check("broken", name, damage, hint)
+    by_size = len(state.files) - len(state.sha256)
+    more = f"; {by_size:,} by size alone, being beyond {DIGESTED_BYTES >> 20} MiB" if by_size else ""
+    return check("ok", name, f"{len(state.sha256):,} by SHA-256{more}")
+
+
+def _stored_features(ws: Workspace, progress: Progress) -> list[dict[str, str]]:
     """Checksums of every stored part, through the store's own verification."""
     if not any(ws.embeddings.glob("part-*.parquet")):
         return [check("note", "stored features", "none yet")]

@@ -84,7 +84,7 @@ class Run:
     states_from: StatesFrom | None
     step: int = 0
     best: dict[str, Any] | None = None
-    validation: dict[str, Any] = field(default_factory=dict)  # the latest: checksummed with the checkpoint, unlike a log
+    validation: dict[str, Any] = field(default_factory=dict)  # the latest; a log has no checksum
 
     @property
     def half(self) -> bool:

@@ -182,6 +182,24 @@ def test_damaged_features_are_named_and_fail_the_command(elsewhere: Path):
     assert damage["state"] == "broken" and "part-00000.parquet" in damage["found"]
 
 
+def test_files_of_a_stage_are_looked_at_and_those_known_by_size_alone_are_counted(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ws = make_workspace(elsewhere / "ws", "ViT-L-14")
+    (ws.prior / "final").mkdir(parents=True)
+    monkeypatch.setattr("eclipse.pipeline.core.stage.DIGESTED_BYTES", 10)
+    with ws.stage("train") as run:
+        run.begin()
+        for name in ("config.json", "weights.safetensors"):
+            (ws.prior / "final" / name).write_bytes(b"8 bytes.")
+        run.finish({})
+    line = found(look(root=ws.root), "workspace")["files of train"]
+    assert line["state"] == "ok" and line["found"].startswith("1 by SHA-256; 1 by size alone")
+    (ws.prior / "final" / "config.json").write_bytes(b"8 bytes!")
+    line = found(look(root=ws.root), "workspace")["files of train"]
+    assert line["state"] == "broken" and "config.json has other content" in line["found"]
+
+
 @pytest.mark.parametrize("kind", ["truncated", "garbage", "config"])
 def test_damaged_weights_of_the_encoder_fail_the_command(elsewhere: Path, kind: str):
     ws = make_workspace(elsewhere / "ws", make_clip(elsewhere / "clip"))
