@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from eclipse.trainer.data import verify
 from eclipse.trainer.data.split import split
 from eclipse.trainer.guard import Guard
 from eclipse.trainer.log import read_metrics
-from eclipse.trainer.model.prior import load_prior
+from eclipse.trainer.model.prior import load_prior, save_prior
 from learnable_cache import make_workspace
 from safetensors.torch import load_file
 
@@ -169,6 +170,26 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(
     stage.train(ws, heard)
     assert any("step-00000008 is damaged" in message and "step-00000004" in message for message in heard.messages)
     assert losses(ws) == losses(undisturbed)
+
+
+def test_figures_of_the_summary_are_not_read_from_the_log(
+    undisturbed: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = make_workspace(tmp_path / "ws")
+    with monkeypatch.context() as patch, pytest.raises(EclipseError, match="power failure"):
+        patch.setattr(loop, "save_prior", save_prior_but_final)
+        stage.train(ws, QUIET)
+    log = ws.prior / "metrics.jsonl"
+    log.write_text(re.sub(r'"cosine_image": [^,]*', '"cosine_image": 0.125', log.read_text()))
+    wanted = undisturbed.stage("train").finished
+    assert wanted is not None and wanted.summary["validation"]["step"] == 12
+    assert stage.train(ws, QUIET)["validation"] == wanted.summary["validation"]
+
+
+def save_prior_but_final(prior: Any, folder: Path) -> None:
+    if folder.name == "final":
+        raise EclipseError("power failure")
+    save_prior(prior, folder)
 
 
 def test_checkpoints_of_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
