@@ -114,8 +114,8 @@ class Lane:
             self._one_thread_each(),
             ThreadPoolExecutor(self._threads, "pool") as self._pool,
             ThreadPoolExecutor(1, "finish") as self._finisher,
-            LaneWriter(self.meta, report) as writer,
             LaneReader(tasks, lambda items: self._pool.submit(self._prepare, items), ahead) as reader,
+            LaneWriter(self.meta, report, reader.fail) as writer,
         ):
             state = _Encoding()
             for shard, group in reader:

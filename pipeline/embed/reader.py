@@ -62,6 +62,10 @@ class LaneReader:
             self._less(1, 0)
         return item
 
+    def fail(self, error: BaseException) -> None:
+        """Raise this from `__next__`, though it may be waiting for shards."""
+        self._groups.put(error)
+
     def _run(self) -> None:
         try:
             for task in self._tasks:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,16 @@ class Shard:
 
 
 class LaneWriter:
-    """A thread that writes chunks while the encoder goes on. Holds at most two of them. Use as a context manager."""
+    """A thread that writes chunks while the encoder goes on. Holds at most two of them. Use as a context manager.
 
-    def __init__(self, meta: PartMeta, report: Callable[[Event], None]) -> None:
+    failed: called if it cannot even report what became of a shard, for which whoever reads ahead would wait for ever.
+    """
+
+    def __init__(
+        self, meta: PartMeta, report: Callable[[Event], None], failed: Callable[[BaseException], None]
+    ) -> None:
         self._meta = meta
-        self._report = report
+        self._report, self._failed = report, failed
         self._queue: queue.Queue[tuple[Shard, Future[Chunk] | None] | None] = queue.Queue(maxsize=2)
         self._failure: BaseException | None = None
         self._abort = False
@@ -123,6 +128,7 @@ class LaneWriter:
                     open_shards.remove(shard)
             except BaseException as failure:
                 self._failure = failure
+                self._failed(failure)
         for shard in open_shards:
             _discard(shard, shard.error or InterruptedError())
 
@@ -202,7 +208,8 @@ def unsort(states: np.ndarray, order: np.ndarray, counts: np.ndarray) -> np.ndar
 
 def _discard(shard: Shard, error: BaseException) -> None:
     shard.writer = None
-    shard.stack.__exit__(type(error), error, error.__traceback__)
+    with suppress(Exception):  # on a full disk closing the file fails as well; what is half-written is removed anyway
+        shard.stack.__exit__(type(error), error, error.__traceback__)
 
 
 def _outcome(shard: Shard) -> Event:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +24,7 @@ from eclipse.pipeline.cache.store import Store
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress, Task
 from eclipse.pipeline.core.workspace import Workspace
-from eclipse.pipeline.embed import lane, reader
+from eclipse.pipeline.embed import lane, reader, writer
 from eclipse.pipeline.embed.clip import Encoder
 from eclipse.pipeline.embed.reader import LaneReader
 from eclipse.pipeline.embed.stage import embed
@@ -161,6 +164,44 @@ def test_files_ahead_of_the_decoding_are_bounded_in_bytes(tmp_path: Path, monkey
         groups = [group for _, group in lane_reader if group is not None]
     assert len(groups) == 20
     assert 2 << 20 <= most[0] <= 4 << 20
+
+
+@pytest.mark.parametrize("how", ["a part cannot be closed", "a message cannot be written"])
+def test_a_full_disk_ends_the_stage_whatever_else_fails_with_it(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The encoder must not wait for shards that nobody will report on."""
+
+    class Full(writer.PartWriter):
+        def write(self, columns: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __exit__(self, *error: Any) -> bool | None:
+            super().__exit__(*error)
+            if how == "a part cannot be closed":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return None
+
+    class Mute(Progress):
+        def say(self, message: str) -> None:
+            if how == "a message cannot be written":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "PartWriter", Full)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            embed(ws, Mute(quiet=True), gpus=0)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # which, should it hang, does not keep the tests from ending
+    thread.start()
+    thread.join(timeout=300)
+    assert raised, "it hangs"
+    assert "No space left on device" in str(raised[0])
+    assert not [path for path in ws.embeddings.iterdir() if path.name.startswith(".tmp")]
 
 
 def test_two_runs_and_a_resumed_one_are_identical(ws: Workspace, tmp_path: Path) -> None:
