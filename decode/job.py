@@ -177,7 +177,7 @@ def _movq_levels(decoder: Path) -> int | None:
     """How many levels a local decoder's MoVQ has; None where its config cannot be read, which loading will explain."""
     try:
         return len(json.loads((decoder / "movq" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

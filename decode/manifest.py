@@ -23,7 +23,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         return {"settings": manifest["settings"], "files": manifest["files"], "summary": manifest["summary"]}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EclipseError(
             f"unreadable manifest: {error}", where=str(folder / NAME), hint="name another folder with --out"
         ) from None

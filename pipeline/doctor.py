@@ -323,7 +323,7 @@ def text_tower(model: str, pretrained: str | None = None) -> TextTower | None:
         config = config.get("model_cfg", config)
         text = config["text_cfg"]
         return TextTower(int(text["width"]), int(text["layers"]), int(config["embed_dim"]))
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -81,7 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = {Path(name).stem: load_file(path / name) for name in record["checksums"]}
         _require_complete(record, tensors)
         return Checkpoint(record["step"], record["state"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise EclipseError(f"{type(error).__name__}: {error}", where=str(path)) from error
 
 

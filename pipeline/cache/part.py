@@ -293,7 +293,7 @@ def _parse_meta(path: Path, footer: pq.FileMetaData) -> tuple[PartMeta, dict[str
         if min(values["embedding_dim"], values["text_width"]) < 1:
             raise ValueError("vectors without dimensions")
         return PartMeta(**values), record
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise EclipseError("not an embedding part of eclipse", where=str(path), hint=REEMBED) from error
 
 

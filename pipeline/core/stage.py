@@ -150,7 +150,7 @@ class Stage:
             return kind(**unsealed(json.loads(path.read_text())))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             hint = f"run `eclipse {self.name} --overwrite`"
             raise EclipseError(f"unreadable record of a stage: {error}", where=str(path), hint=hint) from error
 

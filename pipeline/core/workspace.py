@@ -176,7 +176,7 @@ def _holder_text(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         return f"{holder['stage']}, pid {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return "another process"
 
 

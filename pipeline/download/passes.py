@@ -122,7 +122,7 @@ def read_stats(images: Path, shard: int) -> dict[str, Any] | None:
         return {**stats, "count": int(stats["count"])} if has_tar else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         hint = "remove the file and run `eclipse download` again"
         raise EclipseError("damaged record of a finished shard", where=str(path), hint=hint) from error
 
@@ -142,7 +142,7 @@ def read_passes(path: Path) -> list[Pass]:
         ]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         hint = "begin anew with `eclipse download --overwrite`"
         raise EclipseError("damaged record of the download's passes", where=str(path), hint=hint) from error
 

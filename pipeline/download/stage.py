@@ -203,7 +203,7 @@ class _Run:
             return {"sha256": str(record["sha256"]), "grouped": bool(record.get("grouped", False))}
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "remove it if the URL list is still the same, or run `eclipse download --overwrite`"
             raise EclipseError("damaged record of the URL list", where=str(self._list_record), hint=hint) from error
 

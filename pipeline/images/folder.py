@@ -137,7 +137,7 @@ def _metadata(path: Path, caption_column: str) -> Iterator[tuple[str, str]]:
             rows = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert).to_pylist()
         else:
             rows = pq.read_table(path).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise EclipseError(f"cannot read the metadata of the pictures: {error}", where=str(path)) from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or FILE_NAME not in row or caption_column not in row:

@@ -108,7 +108,7 @@ class TarShard:
         path = Path(self.address)
         try:
             return int(json.loads(path.with_name(f"{path.stem}_stats.json").read_text())["successes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 

@@ -72,7 +72,7 @@ def _noted(ws: Workspace) -> list[Entry]:
         return [dict(entry) for entry in record["shards"]]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         hint = "remove it: the next `eclipse embed --overwrite` makes it anew"
         raise EclipseError("unreadable record of the shards", where=str(_manifest(ws)), hint=hint) from error
 

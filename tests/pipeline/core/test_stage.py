@@ -215,7 +215,8 @@ def test_a_folder_that_is_a_link_stays_one(ws: Workspace, tmp_path: Path):
 
 def test_an_unreadable_record_is_named(ws: Workspace):
     finish(ws, "download")
-    for text in ("{", "[]", '{"fingerprint": "x", "summary": 3}', '{"fingerprint": "x", "files": []}'):
+    deep = "[" * 100_000
+    for text in ("{", "[]", deep, '{"fingerprint": "x", "summary": 3}', '{"fingerprint": "x", "files": []}'):
         ws.stage("download").path("json").write_text(text)
         with pytest.raises(EclipseError, match="unreadable record") as caught:
             ws.stage("download").completed()

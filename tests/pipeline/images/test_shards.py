@@ -53,6 +53,14 @@ def test_files_are_found_by_key(tmp_path: Path) -> None:
     assert found == {(0, "a/x"): b"a/x.jpg", (0, "y"): b"y.png"}
 
 
+@pytest.mark.parametrize("stats", ["{", "[]", '{"successes": "many"}', '{"successes": 1e999}', "[" * 100_000])
+def test_statistics_that_cannot_be_read_count_nothing(tmp_path: Path, stats: str) -> None:
+    (tmp_path / "00000_stats.json").write_text('{"successes": 3}')
+    assert TarShard(tmp_path / "00000.tar").expected() == 3
+    (tmp_path / "00000_stats.json").write_text(stats)
+    assert TarShard(tmp_path / "00000.tar").expected() is None
+
+
 def test_rows_get_their_own_pictures_in_any_order(tmp_path: Path) -> None:
     table, _ = synthetic_cache.plant(600)
     ws = synthetic_cache.write(tmp_path / "ws", table)
