@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from eclipse.bench.faults import Faults, compiler
+from eclipse.bench.flips import try_bits
 from learnable_cache import make_workspace as make_learnable
 from shards import good_samples, make_workspace, write_shard
 from tiny_clip import make_clip
@@ -29,7 +30,9 @@ def base(faults: Faults, tmp_path: Path, request: pytest.FixtureRequest) -> Path
     if request.param == "train":
         make_learnable(faults.ws, pictures=20, steps=2, batch_size=8, checkpoint_every=1, validate_every=2)
     elif request.param == "render":
-        make_tiny(faults.folder)
+        with make_tiny(faults.folder).stage("train") as run:
+            run.begin()
+            run.finish({})
     else:
         ws = make_workspace(faults.ws, make_clip(tmp_path / "clip"))
         write_shard(ws.images / "00000.tar", good_samples(0, 3))
@@ -55,6 +58,25 @@ def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
     )
     assert not found.wrong, "\n".join(found.wrong)
     assert {"rename", "fsync", "write", "create"} <= set(found.points) and found.runs >= 10
+
+
+@pytest.mark.parametrize(
+    ("base", "files", "step"),
+    [
+        ("embed", "images/*.tar", "embed"),
+        ("filter", "embeddings/*", "filter"),
+        ("filter", "logs/state/embed.json", "filter"),
+        ("train", "embeddings/*", "train"),
+        ("train", "selection.parquet", "train"),
+        ("render", "prior/final/*", "render cube"),
+        ("render", "logs/state/train.json", "render cube"),
+    ],
+    indirect=["base"],
+)
+def test_a_flipped_bit_is_noticed_by_name_or_changes_nothing(faults: Faults, base: Path, files: str, step: str) -> None:
+    tally = try_bits(faults, base, files, step, bits=3)
+    assert not tally.silent, "\n".join(tally.silent)
+    assert tally.bits["named"] + tally.bits["harmless or mended"] == 3
 
 
 def test_a_write_that_is_not_made_whole_is_found(faults: Faults, tmp_path: Path) -> None:
