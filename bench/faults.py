@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -314,10 +313,10 @@ def bases(faults: Faults, stages: Sequence[str]) -> Iterator[tuple[str, Path, li
 
 
 def main() -> None:
-    """Run what is asked for and print a line a stage."""
-    import argparse
+    """Run what is asked for, write the table, and below it what was wrong."""
+    from .results import arguments, hardware, record, table
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="default: all")
     parser.add_argument("--every", type=int, default=1, help="take each N-th point")
     parser.add_argument(
@@ -325,17 +324,26 @@ def main() -> None:
     )
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    machine, rows, wrong = hardware(), [], []
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder), every_write=chosen.every_write) as faults:
-        for stage, base, arguments, resume in bases(faults, chosen.stages or STAGES):
-            began = time.monotonic()
+        for stage, base, arguments_, resume in bases(faults, chosen.stages or STAGES):
             found = faults.stop_everywhere(
-                stage, base, arguments, resume=resume, every=chosen.every, told=lambda line: print(line, flush=True)
+                stage, base, arguments_, resume=resume, every=chosen.every, told=lambda line: print(line, flush=True)
             )
             kinds = ", ".join(f"{count} {kind}" for kind, count in found.points.most_common())
-            print(
-                f"{stage}: {sum(found.points.values())} points ({kinds}); {found.runs} runs, {len(found.wrong)} wrong;"
-            )
-            print(f"  {time.monotonic() - began:.0f} s", flush=True)
+            rows.append([stage, f"{sum(found.points.values())} ({kinds})", found.runs, found.resumed, len(found.wrong)])
+            wrong += found.wrong
+    body = table(["command", "points", "stopped runs", "states resumed from", "wrong"], rows)
+    body = "\n".join([body, *(["", *(f"- {each}" for each in wrong)] if wrong else [])])
+    settings = {"each N-th point": chosen.every}
+    record(
+        "python -m eclipse.bench.faults",
+        "Stages stopped at every file operation",
+        body,
+        settings,
+        machine,
+        chosen.results,
+    )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,14 @@ def main() -> None:
     shown = table(["stage", "trials", "stopped in mid-run", "equal after a second run"], rows)
     body = "\n".join([shown, "", *(f"- {each}" for each in wrong)]).rstrip()
     settings = {"trials": sum(counts["trials"] for counts in counted.values()), "of": chosen.trials}
-    record("bench.stops.py", "Stages killed and interrupted at random moments", body, settings, machine, chosen.results)
+    record(
+        "python -m eclipse.bench.stops",
+        "Stages killed and interrupted at random moments",
+        body,
+        settings,
+        machine,
+        chosen.results,
+    )
 
 
 if __name__ == "__main__":
