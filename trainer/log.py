@@ -37,9 +37,11 @@ class MetricsLog:
 
     def __enter__(self) -> Self:
         if self._active:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= self._from_step]
-            with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            samples = self.path.with_name(SAMPLES)
+            for path, lines in ((self.path, read_metrics(self.path)), (samples, read_samples(samples.parent))):
+                kept = [line for line in lines if line["step"] <= self._from_step]
+                with atomic_path(path) as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = self.path.open("a", buffering=1 << 16)
         return self
 
@@ -89,7 +91,9 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
     with suppress(FileNotFoundError), (directory / SAMPLES).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with suppress(ValueError, KeyError, TypeError, RecursionError):  # what a kill left half-written
+            with suppress(
+                ValueError, KeyError, TypeError, OverflowError, RecursionError
+            ):  # what a kill left half-written
                 record = json.loads(line)
                 if len(record["rows"]) == len(record["found"]) == len(record["cosine"]):
                     lines[int(record["step"])] = record
