@@ -91,11 +91,11 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
     with suppress(FileNotFoundError), (directory / SAMPLES).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with suppress(
-                ValueError, KeyError, TypeError, OverflowError, RecursionError
-            ):  # what a kill left half-written
+            # What a kill left half-written, or a bad disk damaged.
+            with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 record = json.loads(line)
-                if len(record["rows"]) == len(record["found"]) == len(record["cosine"]):
+                rows, found = (list(map(int, record[name])) for name in ("rows", "found"))
+                if len(rows) == len(found) == len(list(map(float, record["cosine"]))):
                     lines[int(record["step"])] = record
     return [lines[step] for step in sorted(lines)]
 
