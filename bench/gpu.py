@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..trainer.data.batches import Batches
 from ..trainer.model import bins as bins_module
-from ..trainer.model.attention import Layout, attend
+from ..trainer.model.attention import Layout
 from ..trainer.model.bins import BIN, Bins, bin_attention
 from ..trainer.model.prior import PRESETS, Prior
 from .gpu_step import show_step, show_ten_steps, show_training
@@ -109,15 +109,11 @@ def show_attention(report: Report, smoke: bool) -> None:
             report.say(f"{name}: {type(error).__name__}: {str(error)[:1500]}")
     if CUDA:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(DEVICE)
-        layout = Layout.of(offsets, int(lengths.sum()), specials=SPECIALS, text_positions=TOKENS)
+        layout = Layout.of(offsets, int(lengths.sum()), specials=SPECIALS, text_positions=TOKENS, heads=heads)
         x = torch.randn(len(layout.source), 3 * heads * dim, device=DEVICE, dtype=dtype, requires_grad=True)
         g = torch.randn(len(x), heads * dim, device=DEVICE, dtype=dtype)
 
-        def varlen(y: Tensor) -> Tensor:
-            q, k, v = (part.contiguous() for part in y.chunk(3, dim=1))
-            return attend(q, k, v, layout, heads)
-
-        forward, both = seconds(lambda: varlen(x)), seconds(lambda: torch.autograd.grad(varlen(x), x, g))
+        forward, both = seconds(lambda: layout.attend(x)), seconds(lambda: torch.autograd.grad(layout.attend(x), x, g))
         rows.append(["packed, varlen_attn", f"{forward * 1e6:.0f}", f"{both * 1e6:.0f}", "", ""])
     report.say(
         f"{batch} captions, {places // BIN} bins, {heads} heads of {dim}, bf16; error beside float32 (‖a−b‖/‖b‖)"

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..trainer.model.prior import Prior, PriorConfig
+from ..trainer.optim import MOMENTUM, RMS, orthogonalised
 from .graphs import captured
 
 LENGTHS = (13, 21, 37, 53)  # longest caption of each class, in tokens: with the 3 special ones, multiples of 8
 SPECIALS = 3
-_NS = (3.4445, -4.7750, 2.0315)  # Newton–Schulz coefficients of Muon (Jordan et al. 2024), as in torch.optim.Muon
-_MOMENTUM, _BETAS, _EPS = 0.95, (0.9, 0.999), 1e-8
+_BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ class Training:
         """Orthogonalised Nesterov momentum, scaled as AdamW's (match_rms_adamw); like shapes in one product."""
         momentum = self.moments[0][:, : self.muon_size]
         own, flat = gradient[:, : self.muon_size], self.ensemble.flat[:, : self.muon_size]
-        momentum.lerp_(own, 1 - _MOMENTUM)
-        ahead = own.lerp(momentum, _MOMENTUM)
+        momentum.lerp_(own, 1 - MOMENTUM)
+        ahead = own.lerp(momentum, MOMENTUM)
         flat.mul_(1 - self.rate * self.settings.weight_decay)
         start, names = 0, self.ensemble.matrices
         while start < self.muon_size:
@@ -279,22 +279,10 @@ class Training:
             count = sum(1 for n in names if self.ensemble.shapes[n] == shape)
             stop, names = start + count * shape.numel(), names[count:]
             matrices = ahead[:, start:stop].unflatten(1, (count, *shape)).flatten(0, 1)
-            update = orthogonalised(matrices.bfloat16() if self.settings.half else matrices).float()
+            update = orthogonalised(matrices, torch.bfloat16 if self.settings.half else torch.float32)
             update = update.reshape(len(flat), -1)
-            flat[:, start:stop].sub_(self.rate * 0.2 * math.sqrt(max(shape)) * update)
+            flat[:, start:stop].sub_(self.rate * RMS * math.sqrt(max(shape)) * update)
             start = stop
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """(N, r, c) with singular values near 1: five Newton–Schulz steps, in the matrices' own dtype."""
-    a, b, c = _NS
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.transpose(1, 2) if tall else matrices
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if tall else x
 
 
 def orders(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.captions import EmptyCaption
+from ..pipeline.cache.packed_text import TextFeatures
 from .model.transformer import PackedText
 
 BLOCK_ROWS = 2048  # predictions whose similarities to all texts exist at once
@@ -39,7 +39,7 @@ class Objective:
     temperature: float
     reduction: Literal["mean", "sum"]
     caption_dropout: float = 0.0
-    empty_caption: EmptyCaption | None = None
+    empty_caption: TextFeatures | None = None
 
     def __call__(
         self,
@@ -61,7 +61,9 @@ class Objective:
         kept = None
         if self.empty_caption is not None and self.caption_dropout:
             kept = draw.uniform[:, 1] >= self.caption_dropout
-            text_embedding, text = self.empty_caption.instead(text_embedding, text, ~kept)
+            features = TextFeatures(text.states, text.offsets, embedding=text_embedding)
+            features = features.replaced(~kept, self.empty_caption)
+            text_embedding, text = features.embedding, PackedText(features.states, features.offsets)
         prediction = prior(draw.noise, text_embedding, text).float()
         target = image_embedding.float()
         each = [prediction] if prediction.dim() == 2 else prediction.unbind(1)

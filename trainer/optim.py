@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +43,16 @@ class Muon(torch.optim.Optimizer):
                     same[parameter.shape].append(parameter)
             for shape, parameters in same.items():
                 buffers = [self._buffer(parameter) for parameter in parameters]
-                gradient = torch.stack([parameter.grad for parameter in parameters])  # type: ignore[arg-type]
-                momentum = torch.stack(buffers)
+                gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
                 rate: float | Tensor = group["lr"]
                 if self.found_inf is not None:  # then the momentum stays, and nothing moves
-                    gradient = torch.where(self.found_inf > 0, momentum, gradient)
+                    bad = self.found_inf > 0
+                    gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
                     rate = rate * (1 - self.found_inf)
-                momentum.lerp_(gradient, 1 - MOMENTUM)
-                torch._foreach_copy_(buffers, list(momentum.unbind()))
-                update = orthogonalised(gradient.lerp_(momentum, MOMENTUM))  # Nesterov's
+                torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+                ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))  # Nesterov's
+                step = orthogonalised(ahead).mul_(-RMS * max(shape) ** 0.5 * rate)
                 torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-                step = update * (-RMS * max(shape) ** 0.5 * rate)
                 torch._foreach_add_(parameters, list(step.unbind()))
 
     def _buffer(self, parameter: Tensor) -> Tensor:
@@ -73,10 +72,30 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # so that no singular value is above 1
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if dtype == torch.float32 and 2 * x.shape[-2] <= x.shape[-1]:
+        x = _factor(x @ x.mT) @ x
+    else:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What the iteration multiplies a wide X by, from X·Xᵀ alone: small square products in place of wide ones.
+
+    Each step multiplies X by some P and so X·Xᵀ by P·P, all of which commute. Half precision has too few digits for it.
+    """
+    a, b, c = COEFFICIENTS
+    factor = None
+    for i in range(ITERATIONS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = p if factor is None else factor @ p
+        if i < ITERATIONS - 1:
+            gram = p @ (p @ gram)
+    assert factor is not None
+    return factor
 
 
 def make_optimizers(

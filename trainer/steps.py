@@ -55,7 +55,7 @@ def open_steps(run: Run, stop: StopSignals) -> Steps:
 def on_device(run: Run) -> bool:
     """Whether this run's steps are captured: on one GPU, for batches that fit whole and whose captions stay theirs.
 
-    A CPU has nothing to capture, and computes captions of equal lengths together at less cost than bins. Several GPUs
+    A CPU has nothing to capture, and computes captions of like lengths together at less cost than bins. Several GPUs
     exchange gradients through DistributedDataParallel, which decides on the host.
     """
     whole = run.world.size == 1 and run.job.options.microbatch is None
@@ -102,7 +102,8 @@ class HostSteps:
         """One update from a global batch, of which `batch` is this process's share."""
         run, options = self.run, self.run.job.options
         terms = self.accumulate_gradient(batch)
-        norm = torch.nn.utils.clip_grad_norm_(run.prior.parameters(), options.grad_clip_norm)
+        trained = [p for p in run.prior.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         values = torch.stack([*terms.values(), norm])
         # Every process sees the same means, and so comes to the same decisions.
         shared = run.world.mean(torch.cat([values, values.new_tensor(self.stop.flags())])).tolist()
@@ -111,6 +112,8 @@ class HostSteps:
         rate = rate_of(run)
         accepted = run.guard.accepts(figures["loss"], figures["gradient_norm"])
         if accepted:
+            if figures["gradient_norm"] > options.grad_clip_norm:  # most are not: then nothing is multiplied by one
+                torch.nn.utils.clip_grads_with_norm_(trained, options.grad_clip_norm, norm)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -96,6 +96,14 @@ class TextFeatures(PackedText):
         text = super().select(index)
         return TextFeatures(text.states, text.offsets, embedding=self.embedding[index])
 
+    def replaced(self, drop: Tensor, by: TextFeatures) -> TextFeatures:
+        """With the one caption of `by`, in this one's dtypes, in place of those where drop (B,) is true: caption
+        dropout. Waits for the device.
+        """
+        states, embedding = by.states.to(self.states.dtype), by.embedding.to(self.embedding.dtype)
+        every = self.concatenated([self, TextFeatures(states, by.offsets, embedding=embedding)])
+        return every.select(torch.where(drop, len(self), torch.arange(len(self), device=self.device)))
+
     @classmethod
     def concatenated(cls, pieces: Sequence[TextFeatures]) -> TextFeatures:
         """The captions of at least one batch after another."""

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.errors import EclipseError
-from eclipse.trainer.data.captions import EmptyCaption
 from eclipse.trainer.guard import MOST_IN_A_ROW, Guard
 from eclipse.trainer.loss import Draw, Objective, contrastive_loss, projection_loss
 from eclipse.trainer.model.transformer import PackedText
@@ -45,6 +45,10 @@ def test_contrastive_loss_in_blocks_is_exact(block_rows: int, dropped: bool) -> 
     torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-9)
 
 
+def one_caption(embedding: torch.Tensor, states: torch.Tensor) -> TextFeatures:
+    return TextFeatures(states, torch.tensor([0, len(states)]), embedding=embedding)
+
+
 @pytest.mark.parametrize(("weight", "dropout"), [(0.0, 0.0), (0.2, 0.0), (0.2, 0.5)])
 def test_pieces_have_the_gradient_of_the_whole(weight: float, dropout: float) -> None:
     torch.manual_seed(0)
@@ -52,7 +56,7 @@ def test_pieces_have_the_gradient_of_the_whole(weight: float, dropout: float) ->
     images, texts, noise = (torch.randn(6, 4) for _ in range(3))
     matrix = torch.randn(4, 4, requires_grad=True)
     empty = PackedText(torch.zeros(0, 4), torch.zeros(7, dtype=torch.int64))
-    objective = Objective(weight, 0.1, "sum", dropout, EmptyCaption(torch.ones(1, 4), torch.zeros(0, 4)))
+    objective = Objective(weight, 0.1, "sum", dropout, one_caption(torch.ones(1, 4), torch.zeros(0, 4)))
 
     def gradient(bounds: list[tuple[int, int]]) -> torch.Tensor:
         matrix.grad = None
@@ -72,7 +76,7 @@ def test_pieces_have_the_gradient_of_the_whole(weight: float, dropout: float) ->
 def test_a_dropped_caption_is_the_empty_one_and_has_no_contrastive_loss() -> None:
     images, texts = torch.randn(2, 3, 4).unbind()
     text = PackedText(torch.randn(5, 4), torch.tensor([0, 2, 4, 5]))
-    nothing = EmptyCaption(torch.full((1, 4), 7.0), torch.full((2, 4), 8.0))
+    nothing = one_caption(torch.full((1, 4), 7.0), torch.full((2, 4), 8.0))
     seen: list[tuple[torch.Tensor, PackedText]] = []
 
     def prior(noise: torch.Tensor, pooled: torch.Tensor, packed: PackedText) -> torch.Tensor:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.optim._muon
 from eclipse.trainer.model.prior import Prior, PriorConfig
-from eclipse.trainer.optim import Muon, make_optimizers, orthogonalised
+from eclipse.trainer.optim import COEFFICIENTS, ITERATIONS, Muon, make_optimizers, orthogonalised
 
 CONFIG = PriorConfig(16, num_layers=2, num_attention_heads=2, attention_head_dim=8)
 
@@ -41,36 +38,42 @@ def test_muon_moves_matrices_along_near_orthogonal_directions() -> None:
     assert (before - layer.weight.detach()).square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.35)  # as AdamW's RMS
 
 
-class InFloat32:
-    """torch, with float32 in bfloat16's place."""
-
-    bfloat16 = torch.float32
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 def matrices() -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
     return [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (8, 8), (24, 8), (8, 24), (8, 8))]
 
 
-def test_muon_is_pytorchs_run_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = matrices(), matrices()
-    mine = Muon(ours, 1e-2, 0.1)
-    monkeypatch.setattr(torch.optim._muon, "torch", InFloat32())
-    reference = torch.optim.Muon(theirs, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
+def by_definition(matrix: torch.Tensor) -> torch.Tensor:
+    """Muon's polynomial of the singular values, in double precision."""
+    u, s, v = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        s = a * s + b * s**3 + c * s**5
+    return (u @ torch.diag(s) @ v).float()
+
+
+def test_muon_steps_along_the_polynomial_of_its_momentum() -> None:
+    """Square, tall and wide matrices, several of a shape: all are as if they were alone."""
+    ours = matrices()
+    expected, momentum = [p.detach().clone() for p in ours], [torch.zeros_like(p) for p in ours]
+    muon = Muon(ours, 1e-2, 0.1)
     for step in range(4):
-        for a, b in zip(ours, theirs, strict=True):
-            generator = torch.Generator().manual_seed(step * 100 + a.numel())
-            a.grad = torch.randn(*a.shape, generator=generator)
-            b.grad = a.grad.clone()
-        mine.step()
-        reference.step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        buffers = [optimizer.state[p]["momentum_buffer"] for optimizer, p in ((mine, a), (reference, b))]
-        torch.testing.assert_close(*buffers, atol=1e-6, rtol=1e-6)
+        for i, p in enumerate(ours):
+            p.grad = torch.randn(*p.shape, generator=torch.Generator().manual_seed(step * 100 + p.numel()))
+            momentum[i] = 0.95 * momentum[i] + 0.05 * p.grad
+            update = by_definition(0.95 * momentum[i] + 0.05 * p.grad)
+            expected[i] = expected[i] * (1 - 1e-2 * 0.1) - 1e-2 * 0.2 * max(p.shape) ** 0.5 * update
+        muon.step()
+    for p, value, buffer in zip(ours, expected, momentum, strict=True):
+        torch.testing.assert_close(p.detach(), value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(muon.state[p]["momentum_buffer"], buffer, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (64, 8), (16, 24)])
+def test_a_gradient_of_little_rank_stays_finite_and_small(shape: tuple[int, int]) -> None:
+    thin = torch.randn(shape[0], 2) @ torch.randn(2, shape[1])
+    found = orthogonalised(thin[None])[0]
+    torch.testing.assert_close(found, by_definition(thin), atol=2e-3, rtol=0)
 
 
 def test_a_bad_step_leaves_no_trace_in_muon() -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...pipeline.cache.packed_text import TextFeatures
 from ...pipeline.cache.store import Store
 from ...pipeline.core.files import atomic_path
 from ..distributed import DistEnv
-from .captions import EmptyCaption
 
 if TYPE_CHECKING:
     from ...pipeline.core.card import EncoderSection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE = "empty-caption.safetensors"
 
 
-def empty_caption(folder: Path, section: EncoderSection, store: Store, world: DistEnv) -> EmptyCaption:
+def empty_caption(folder: Path, section: EncoderSection, store: Store, world: DistEnv) -> TextFeatures:
     """From the file in `folder`, on the world's device. The first time the main process makes it, on the CPU, with the
     encoder's text tower, which for Kandinsky is a matter of gigabytes; the other processes wait and read.
     """
@@ -36,7 +36,8 @@ def empty_caption(folder: Path, section: EncoderSection, store: Store, world: Di
     features = features or _read(folder / FILE, store)
     if features is None:
         raise RuntimeError(f"{folder / FILE} cannot be read by every process")
-    return EmptyCaption(*(x.to(world.device) for x in features))
+    embedding, states = (x.to(world.device) for x in features)
+    return TextFeatures(states, torch.tensor([0, len(states)], device=world.device), embedding=embedding)
 
 
 def _read(path: Path, store: Store) -> tuple[Tensor, Tensor] | None:

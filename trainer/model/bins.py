@@ -1,6 +1,6 @@
 """Captions in rows of exactly 128 tokens: the layout of a batch on a GPU, and attention inside each caption there.
 
-Used by transformer.py where a batch comes with Bins (the feed makes them for CUDA; a CPU has its dense blocks of equal
+Used by transformer.py where a batch comes with Bins (the feed makes them for CUDA; a CPU has its dense blocks of like
 lengths, attention.py). Shapes are the same for every batch of one size, so a step can be compiled and captured once.
 """
 
@@ -89,6 +89,18 @@ class Bins:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Bins:
         return Bins(*(x.to(device, non_blocking=non_blocking) for x in self.tensors()), texts=self.texts)
+
+    def lay_out(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The tokens (N + S·B, width) in their places, each with its row of positions (P, width) added: (T, width)."""
+        return Rows.apply(tokens, self.source, self.place) + Positions.apply(positions, self.positions)
+
+    def take_last(self, x: Tensor) -> Tensor:
+        """(T, width) → (B·K, width): the rows of the last token of each caption's draws."""
+        return Rows.apply(x, self.last, self.ends)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Bins keep captions in their order."""
+        return x
 
     def pinned(self) -> Bins:
         """In memory that a GPU reads from by itself."""

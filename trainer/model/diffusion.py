@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.captions import EmptyCaption
+from ...pipeline.cache.packed_text import TextFeatures
 from ..loss import Draw
 from .transformer import PackedText, PriorConfig, PriorTransformer, like
 
@@ -63,7 +63,7 @@ class DiffusionPrior(PriorTransformer):
     def generate(self, noise: Tensor, text_embedding: Tensor, text: PackedText) -> Tensor:
         """DDIM without added noise (arXiv 2010.02502), SAMPLING_STEPS steps, classifier-free guidance: raw (B, D)."""
         everywhere = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        nothing = self.empty_caption.instead(text_embedding, text, everywhere)
+        nothing = self.without(everywhere, text_embedding, text)
         signal = alphas_cumprod(noise.device)
         stride = TRAINING_STEPS // SAMPLING_STEPS
         noisy = noise
@@ -77,10 +77,12 @@ class DiffusionPrior(PriorTransformer):
             noisy = then.sqrt() * clean + (1 - then).sqrt() * direction
         return noisy * self.clip_std + self.clip_mean
 
-    @property
-    def empty_caption(self) -> EmptyCaption:
-        """What the unconditional branch is given."""
-        return EmptyCaption(self.empty_text_embedding, self.empty_text_states)
+    def without(self, drop: Tensor, text_embedding: Tensor, text: PackedText) -> tuple[Tensor, PackedText]:
+        """The captions with the empty one, which the unconditional branch is given, where drop (B,) is true."""
+        offsets = torch.tensor([0, len(self.empty_text_states)], device=text.device)
+        nothing = TextFeatures(self.empty_text_states, offsets, embedding=self.empty_text_embedding)
+        kept = TextFeatures(text.states, text.offsets, embedding=text_embedding).replaced(drop, nothing)
+        return kept.embedding, PackedText(kept.states, kept.offsets)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class DiffusionObjective:
     ) -> dict[str, Tensor]:
         timesteps = (draw.uniform[:, 0] * TRAINING_STEPS).long()
         drop = draw.uniform[:, 1] < CAPTION_DROPOUT
-        text_embedding, text = self.prior.empty_caption.instead(text_embedding, text, drop)
+        text_embedding, text = self.prior.without(drop, text_embedding, text)
         clean = (image_embedding.float() - self.prior.clip_mean) / self.prior.clip_std
         signal = alphas_cumprod(clean.device)[timesteps][:, None]
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * draw.noise

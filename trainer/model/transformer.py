@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...pipeline.cache.packed_text import PackedText
-from .attention import PER_DRAW, Layout, attend, attend_last
-from .bins import Bins, Positions, Rows, bin_attention
+from .attention import PER_DRAW, Layout
+from .bins import Bins, bin_attention
 
 __all__ = ["PackedText", "PriorConfig", "PriorTransformer", "like"]
 
@@ -46,18 +46,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(config.width, config.width)
         self.to_out = nn.ModuleList([nn.Linear(config.width, config.width)])
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        return self.to_out[0](attend(self.to_q(x), self.to_k(x), self.to_v(x), layout, self.heads))
-
-    def last(self, x: Tensor, layout: Layout) -> Tensor:
-        """The output at each sequence's last token alone: (T, width) → (B, width)."""
-        return self.to_out[0](attend_last(self.to_q(x[layout.last]), self.to_k(x), self.to_v(x), layout, self.heads))
-
-    def binned(self, x: Tensor, bins: Bins) -> Tensor:
-        """Attention before the output layer: (T, width) in bins → (T, width). q, k and v come of one product."""
+    def forward(self, x: Tensor, layout: Layout | Bins) -> Tensor:
+        """Attention before the output layer: (T, width) → (T, width). q, k and v come of one product."""
         layers = cast(list[nn.Linear], [self.to_q, self.to_k, self.to_v])
         weight, bias = torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers])
-        return bin_attention(F.linear(x, weight, bias), bins.caption, bins.draw, self.heads)
+        qkv = F.linear(x, weight, bias)
+        if isinstance(layout, Bins):
+            return bin_attention(qkv, layout.caption, layout.draw, self.heads)
+        return layout.attend(qkv)
 
 
 class Projection(nn.Module):
@@ -92,23 +88,14 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.width)
         self.ff = FeedForward(config.width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x + self.attn1(self.norm1(x), layout)
-        return x + self.ff(self.norm3(x))
-
-    def last(self, x: Tensor, layout: Layout) -> Tensor:
-        """The block's output at each sequence's last token alone: (T, width) → (B, width)."""
-        y = x[layout.last] + self.attn1.last(self.norm1(x), layout)
-        return y + self.ff(self.norm3(y))
-
-    def binned(self, x: Tensor, bins: Bins, *, last: bool) -> Tensor:
-        """The block on bins (T, width); last: what follows attention at each caption's last token alone (B, width).
+    def forward(self, x: Tensor, layout: Layout | Bins, *, last: bool = False) -> Tensor:
+        """(T, width) → (T, width); last: what follows attention at each draw's last token alone → (B·K, width).
 
         Attention itself is a small part, and cheaper at every token than what it takes to single out some.
         """
-        attended = self.attn1.binned(self.norm1(x), bins)
+        attended = self.attn1(self.norm1(x), layout)
         if last:
-            x, attended = (Rows.apply(y, bins.last, bins.ends) for y in (x, attended))
+            x, attended = layout.take_last(x), layout.take_last(attended)
         x = x + self.attn1.to_out[0](attended)
         return x + self.ff(self.norm3(x))
 
@@ -147,38 +134,23 @@ class PriorTransformer(nn.Module):
         own = torch.stack(tuple(specials[-PER_DRAW:]), dim=-2)
         own = own.reshape(len(own), draws * PER_DRAW, -1)
         appended = torch.cat([*(x[:, None] for x in specials[:-PER_DRAW]), own], dim=1).flatten(0, 1)
-        if text.bins is not None:
-            return self._run_binned(appended, text.states, text.bins)
-        count = len(text)
-        layout = Layout.of(
-            text.offsets,
-            len(text.states),
-            specials=len(specials),
-            text_positions=self.config.num_embeddings,
-            draws=draws,
-        )
         tokens = self.encoder_hidden_states_proj(like(text.states, self.prd_embedding))
         tokens = torch.cat([tokens, appended])
-        # embedding() rather than indexing: its backward is the quick one on a CPU, and deterministic everywhere.
-        x = F.embedding(layout.source, tokens) + F.embedding(layout.positions, self.positional_embedding[0])
-        for block in self.transformer_blocks[:-1]:
-            x = block(x, layout)
-        x = cast(Block, self.transformer_blocks[-1]).last(x, layout)
-        x = self.proj_to_clip_embeddings(self.norm_out(x))
-        if count > 1:
-            x = F.embedding(layout.order.argsort(), x.view(count, -1)).view(x.shape)
-        return x
-
-    def _run_binned(self, appended: Tensor, states: Tensor, bins: Bins) -> Tensor:
-        """The same on bins: shapes depend on the batch's size alone, nothing waits for the device."""
-        tokens = self.encoder_hidden_states_proj(like(states, self.prd_embedding))
-        tokens = torch.cat([tokens, appended])
-        x = Rows.apply(tokens, bins.source, bins.place)
-        x = x + Positions.apply(self.positional_embedding[0], bins.positions)
-        *blocks, last = cast(list[Block], list(self.transformer_blocks))
+        layout = text.bins
+        if layout is None:
+            layout = Layout.of(
+                text.offsets,
+                len(text.states),
+                specials=len(specials),
+                text_positions=self.config.num_embeddings,
+                heads=self.config.num_attention_heads,
+                draws=draws,
+            )
+        x = layout.lay_out(tokens, self.positional_embedding[0])
+        *blocks, last = self.transformer_blocks
         for block in blocks:
-            x = block.binned(x, bins, last=False)
-        return self.proj_to_clip_embeddings(self.norm_out(last.binned(x, bins, last=True)))
+            x = block(x, layout)
+        return layout.in_order(self.proj_to_clip_embeddings(self.norm_out(last(x, layout, last=True))))
 
 
 def like(x: Tensor, parameter: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def test_dropped_captions_become_the_empty_one() -> None:
     prior.empty_text_states.fill_(8)
     _, pooled, text = captions([3, 5, 4], 24)
     drop = torch.tensor([False, True, False])
-    changed, packed = prior.empty_caption.instead(pooled, text, drop)
+    changed, packed = prior.without(drop, pooled, text)
     assert packed.offsets.tolist() == [0, 3, 5, 9]
     assert packed.states[3:5].eq(8).all() and changed[1].eq(7).all()
     assert torch.equal(packed.states[5:], text.states[8:]) and torch.equal(changed[[0, 2]], pooled[[0, 2]])
