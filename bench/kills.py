@@ -155,6 +155,7 @@ def main() -> None:
                     os.kill(process.pid, signal.SIGKILL)
                     process.wait()
                     kills[moment] += 1
+                    print(f"kill {kills.total()} of {options.kills}: {moment}", file=sys.stderr, flush=True)
                 elif not done:
                     faults.append(f"exit code {process.poll()} at {moment}")
                 if not server.is_alive():
