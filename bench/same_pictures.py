@@ -105,7 +105,13 @@ def main() -> None:
         lines = [json.loads(line) for line in (root / "folder/metadata.jsonl").read_text().splitlines()]
         urls = [f"http://127.0.0.1:{server.server_port}/{line['file_name']}" for line in lines]
         pq.write_table(pa.table({"url": urls, "caption": [line["text"] for line in lines]}), root / "list.parquet")
-        listed = {"urls": str(root / "list.parquet"), "rows_per_shard": SHARD, "allow_hosts": ["127.0.0.1"]}
+        # A patient download: one that came late would lie in a further shard, and the rows in another order.
+        listed = {
+            "urls": str(root / "list.parquet"),
+            "rows_per_shard": SHARD,
+            "allow_hosts": ["127.0.0.1"],
+            "timeout_s": 600,
+        }
         expected: dict[str, list[Any]] = {}
         for kind, source in {"urls": listed, **sources}.items():
             started = time.monotonic()

@@ -3,7 +3,8 @@
 clip-retrieval writes img_emb/img_emb_N.npy, text_emb/text_emb_N.npy (both (rows, D), lengths made 1) and
 metadata/metadata_N.parquet; DataComp NAME.npz (arrays l14_img, l14_txt, b32_img, …) beside NAME.parquet. There are no
 pictures: such rows have a thumbnail of zeros, the width and height of the metadata (0 where it has none), and the hash
-of the metadata in place of the picture's (that of the embedding's bytes where it has none).
+of the metadata in place of the picture's (that of the embedding's bytes where it has none). So near copies, which
+thumbnails confirm, cannot be told among them, and the filter says so; exact and semantic ones can.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -55,12 +57,15 @@ class VectorShard:
         return f"{self.metadata.stem}-{self.start}"
 
     def samples(self) -> Iterator[Sample | Reject]:
-        image = load(*self.image)[self.start : self.stop].astype(np.float32)
-        text = None if self.text is None else load(*self.text)[self.start : self.stop]
-        if len(image) != self.stop - self.start or (text is not None and len(text) != len(image)):
-            raise EclipseError("the arrays have other rows than the metadata", where=str(self.metadata))
+        arrays = [load(*array) for array in (self.image, self.text) if array is not None]
+        rows = pq.read_metadata(self.metadata).num_rows
+        if any(len(array) != rows for array in arrays):
+            what = f"{rows:,} rows, but {' and '.join(f'{len(array):,}' for array in arrays)} embeddings"
+            raise EclipseError(what, where=str(self.metadata), hint="are these files of one run?")
+        image = arrays[0][self.start : self.stop].astype(np.float32)
+        text = arrays[1][self.start : self.stop] if self.text is not None else None
         known = dict(islice(self.files({row["key"] for row in self._rows()}), CHECKED))
-        length = float(np.median(np.linalg.norm(image, axis=1))) if len(image) else 1.0
+        length = float(np.median(np.linalg.norm(image, axis=1)))
         if abs(length - 1) > UNIT and self.norm is not None:
             what = f"these image embeddings have length {length:.3g}, not 1: CLIP's own, it seems"
             raise EclipseError(what, where=str(self.image[0]), hint="leave source.image_norm out")
@@ -91,15 +96,18 @@ class VectorShard:
         """Pictures of these rows that lie in `pictures`, by image_path: its key in a tar, its name in a folder."""
         if self.pictures is None:
             return
-        rows = {Path(path).name: row["key"] for row in self._rows() if (path := row.get("image_path"))}
+        wanted: dict[str, list[str]] = defaultdict(list)  # a picture with several captions has several rows
+        for row in self._rows():
+            if row["key"] in keys and isinstance(path := row.get("image_path"), str):
+                wanted[Path(path).name].append(row["key"])  # a name alone: no path of a table leads out of the folder
         if self.pictures.is_file():
-            for key, data in TarShard(self.pictures).files(set(rows)):
-                if rows[key] in keys:
-                    yield rows[key], data
-            return
-        for name, key in rows.items():  # a name alone: no path of a table leads out of the folder
-            if key in keys and (path := self.pictures / name).is_file():
-                yield key, path.read_bytes()
+            found = TarShard(self.pictures).files(set(wanted))
+        else:
+            paths = {name: self.pictures / name for name in wanted}
+            found = ((name, path.read_bytes()) for name, path in paths.items() if path.is_file())
+        for name, data in found:
+            for key in wanted[name]:
+                yield key, data
 
     def content(self) -> str:
         """Sizes of arrays and metadata, sixteen samples of each, and which rows these are."""

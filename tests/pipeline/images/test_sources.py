@@ -256,6 +256,10 @@ def test_embeddings_made_elsewhere_become_the_same_parts_without_a_picture(tmp_p
     with pytest.raises(EclipseError, match="did not make these image embeddings"):
         embed(workspace(tmp_path / "d", {**source, **one_tar, "image_norm": norm}), QUIET, gpus=0)
 
+    np.save(cache / "text_emb/text_emb_0.npy", text[:24])
+    with pytest.raises(EclipseError, match="25 rows, but 25 and 24 embeddings"):
+        embed(workspace(tmp_path / "e", {**source, "image_norm": norm}), QUIET, gpus=0)
+
     datacomp = tmp_path / "datacomp"
     datacomp.mkdir()
     np.savez(datacomp / "0a1b.npz", l14_img=image.astype(np.float16), l14_txt=text.astype(np.float16))
