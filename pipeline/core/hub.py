@@ -48,18 +48,24 @@ def reaching(repo: str, *, what: str, name_it: str) -> Iterator[None]:
 
     problem = unreachable()
     if problem is not None and snapshot(repo) is None:
-        size = f"about {size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
-        raise EclipseError(
-            f"the {what} {repo} is not on this machine, and the hub cannot be reached: {problem}",
-            where=f"it would be fetched once, {size}, into {constants.HF_HUB_CACHE}",
-            hint=f"run the same command with a network, or fetch it elsewhere and name its directory ({name_it})",
-        )
+        raise _absent(repo, problem, what=what, name_it=name_it)
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or problem is not None  # the client looks here before every request
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def _absent(repo: str, problem: str, *, what: str, name_it: str) -> EclipseError:
+    from huggingface_hub import constants
+
+    size = f"about {size_text(SIZES[repo])}" if repo in SIZES else "of unknown size"
+    return EclipseError(
+        f"the {what} {repo} is not on this machine, and the hub cannot be reached: {problem}",
+        where=f"it would be fetched once, {size}, into {constants.HF_HUB_CACHE}",
+        hint=f"run the same command with a network, or fetch it elsewhere and name its directory ({name_it})",
+    )
 
 
 def unreachable() -> str | None:
@@ -78,8 +84,9 @@ def _no_answer() -> str | None:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)  # any answer will do, a 404 too
-            answer[0] = None
+            status = get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS).status_code
+            # Any answer will do, a 404 too; with these a proxy says that there is none, or a hub that it is down.
+            answer[0] = f"{constants.ENDPOINT} answers with HTTP {status}" if status in (502, 503, 504) else None
         except Exception as error:  # whatever this client, its proxy and its certificates raise
             answer[0] = f"{constants.ENDPOINT}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
@@ -145,6 +152,8 @@ def explain(error: Exception, repo: str, *, what: str, name_it: str = "") -> Ecl
             hint=f"check the id, log in with `hf auth login`, or {other}",
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
+        if snapshot(repo) is None:
+            return _absent(repo, "it does not answer any more", what=what, name_it=name_it or "in place of the id")
         return EclipseError(
             f"the hub cannot be reached, and of this {what} only a part is in the cache",
             where=repo,

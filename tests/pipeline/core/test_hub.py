@@ -9,6 +9,8 @@ import pytest
 from eclipse.pipeline.core import hub
 from eclipse.pipeline.core.errors import EclipseError
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from web import Handler, serving
 
 
 @pytest.fixture
@@ -48,6 +50,20 @@ def test_what_was_not_is_named_with_its_size_and_folder(cache: Path, tmp_path: P
     monkey.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.unreachable() == "HF_HUB_OFFLINE is set"
     monkey.undo()
+
+
+def test_a_proxy_that_answers_for_the_hub_is_no_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "do_HEAD", lambda handler: handler.send_error(502), raising=False)
+    with serving({}) as web:
+        monkeypatch.setattr(constants, "ENDPOINT", web.url(""))
+        assert hub.unreachable() == f"{web.url('')} answers with HTTP 502"
+
+
+def test_a_hub_that_stops_answering_is_named_with_size_and_folder(cache: Path, tmp_path: Path) -> None:
+    gone = LocalEntryNotFoundError("cannot find the requested files in the cache")
+    said = str(hub.explain(gone, "ECLIPSE-Community/ECLIPSE_Karlo_Prior", what="prior"))
+    assert "is not on this machine" in said and "133 MB" in said and str(tmp_path) in said
+    assert "only a part is in the cache" in str(hub.explain(gone, "owner/name", what="prior"))
 
 
 @pytest.mark.parametrize(
