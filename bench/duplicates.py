@@ -1,7 +1,7 @@
-"""Look-alikes: every pair beside faiss's exact search, and the whole `eclipse filter` at a hundred thousand and a
-million rows, with copies planted within ±0.01 of the threshold on both sides.
+"""Look-alikes: every pair beside faiss's exact search; the whole `eclipse filter` at a hundred thousand and a million
+rows, with copies planted within ±0.01 of the threshold on both sides; a crowd of near-identical pictures.
 
-Run: nice -n 10 python -m eclipse.bench.duplicates [--part exact|filter] [--rows 100000 1000000]
+Run: nice -n 10 python -m eclipse.bench.duplicates [--part exact|filter|crowd] [--rows 100000 1000000]
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..pipeline.cache.store import PartMeta, PartWriter, part_name
 from ..pipeline.core.card import Card
 from ..pipeline.core.progress import Progress
 from ..pipeline.core.workspace import Workspace
-from ..pipeline.filter.neighbours import find_pairs, unit
+from ..pipeline.filter.dedup import DRIFT, near_keepers
+from ..pipeline.filter.neighbours import Vectors, find_pairs, unit
 from .gpu_duplicates import COSINE, DIM, clustered, reader
 from .results import arguments, hardware, record, table
 
@@ -66,6 +67,34 @@ def exact(size: int) -> list[list[object]]:
         clock, processor = theirs / took
         lines.append([name, f"{took[0]:.1f} s", f"{clock:.1f}", f"{took[1]:.1f} s", f"{processor:.1f}", count])
     return lines
+
+
+def crowd(size: int, copies: int) -> list[object]:
+    """`copies` near-identical pictures among `size`, more than are compared exactly → a table's line."""
+    rows, *_ = clustered(size, "cpu")
+    rng = np.random.default_rng(0)
+    at = np.sort(rng.permutation(size)[:copies])
+    one = rows[at[0]].astype(np.float32)
+    rows[at] = (one + 0.03 * np.abs(one).mean() * rng.standard_normal((copies, DIM))).astype(np.float16)
+    thumbnails = rng.integers(0, 256, (size, 256), dtype=np.uint8)
+    thumbnails[at] = np.clip(thumbnails[at[0]].astype(int) + rng.integers(-4, 5, (copies, 256)), 0, 255)
+    vectors = Vectors(size, rows.__getitem__, thumbnails.__getitem__)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    began = np.array([time.perf_counter(), time.process_time()])
+    pairs = find_pairs(vectors, COSINE, 0.8, Progress(), device="cpu")
+    keeper = near_keepers(pairs, np.arange(size), lambda i, j: vectors.compare(i, j)[0] >= COSINE - DRIFT)
+    clock, processor = np.array([time.perf_counter(), time.process_time()]) - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    kept = int((keeper[at] == at).sum())
+    return [
+        f"{copies:,} of {size:,}",
+        f"{copies * (copies - 1) // 2:,}",
+        f"{len(pairs):,}",
+        kept,
+        f"{clock:.0f} s",
+        f"{processor:.0f} s",
+        f"{peak - before:.2f} GB",
+    ]
 
 
 def make_workspace(root: Path, size: int) -> tuple[Workspace, np.ndarray, np.ndarray, np.ndarray]:
@@ -172,28 +201,36 @@ def whole_filter(size: int, scratch: Path) -> tuple[list[object], float, float]:
         search["lists"],
         f"{summary['wrong_caption_share']:.3f}",
     ]
+    print(line, file=sys.stderr, flush=True)  # a run that is cut short has said so much
     return line, seconds, processor
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=("exact", "filter"), default=None, help="one of the two; default: both")
+    parser.add_argument("--part", choices=("exact", "filter", "crowd"), default=None, help="one of them; default: all")
     parser.add_argument("--exact-rows", type=int, default=50_000)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--crowd", type=int, nargs=2, default=[66_000, 20_000], metavar=("ROWS", "COPIES"))
     parser.add_argument("--scratch", type=Path, default=None, help="where to make files (4 GB a million rows)")
     options = parser.parse_args()
     machine = hardware()
     cpu = torch.cpu.get_capabilities()
     kinds = ", ".join(name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if cpu.get(name))
     settings = {"D": DIM, "cosine": COSINE, "the processor has": kinds}
-    if options.part != "filter":
+    if options.part in (None, "exact"):
         body = table(
             ["pairs of one set", "time", "× faiss", "processor time", "× faiss", "pairs"], exact(options.exact_rows)
         )
         title = "Every pair of look-alikes"
         settings_exact = {"rows": f"{options.exact_rows:,}", **settings, "best of": ROUNDS}
         record("python -m eclipse.bench.duplicates --part exact", title, body, settings_exact, machine, options.results)
-    if options.part != "exact":
+    if options.part in (None, "crowd"):
+        columns = ["near-identical pictures", "pairs there are", "pairs held", "kept of the crowd", "time",
+                   "processor time", "memory beyond the embeddings"]  # fmt: skip
+        title = "A crowd of near-identical pictures"
+        body = table(columns, [crowd(*options.crowd)])
+        record("python -m eclipse.bench.duplicates --part crowd", title, body, settings, machine, options.results)
+    if options.part in (None, "filter"):
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             found = [whole_filter(size, Path(scratch)) for size in options.rows]
         columns = [

@@ -1,7 +1,8 @@
 """Photographs and eight kinds of copies of each: which of them embedding, thumbnail and an overlay of pictures find,
 and which other photographs they take for copies.
 
-Run: python -m eclipse.bench.photo_copies --photos DIR [DIR …] [--at-most N]
+Run: python -m eclipse.bench.photo_copies --photos DIR [DIR …] [--at-most N] [--features FILE.npy]
+     --features: (2, n, D), CLIP features of n different photographs and their captions: how alike are those?
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--photos", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--at-most", type=int)
+    parser.add_argument("--features", type=Path)
     parser.add_argument("--model", default="local-dir:{models}/clip")
     options = parser.parse_args()
     machine, rules = hardware(), FilterSection.model_validate({})
@@ -117,6 +119,15 @@ def main() -> None:
         f"and thumbnail, {int((foreign & passed).sum()):,} the overlay too. Without pictures at hand the stage refuses "
         "to guess; `near_copy_picture: null` lets thumbnails decide alone, at the columns without overlay."
     )
+    if options.features:
+        real = np.load(options.features, allow_pickle=False)[0].astype(np.float32)
+        unit_real = real / np.linalg.norm(real, axis=1, keepdims=True)
+        likest = np.sort((unit_real @ unit_real.T)[np.triu_indices(len(real), 1)])[::-1]
+        reach = int((likest >= rules.near_copy_cosine).sum())
+        body += (
+            f" Of the {len(likest):,} pairs among {len(real):,} photographs of which real CLIP features are at hand, "
+            f"{reach:,} reach the cosine; the likest has {likest[0]:.3f}."
+        )
     settings = {
         "photographs": f"{len(paths):,}",
         "cosine": rules.near_copy_cosine,

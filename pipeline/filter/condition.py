@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..cache.vectors import chunks
 from ..core.errors import UsageError
-from .neighbours import chunks
 
 if TYPE_CHECKING:
     from ..cache.store import Store

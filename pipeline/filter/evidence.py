@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..cache.parquet_map import find_page, map_file
-from ..cache.vectors import codes, unit
+from ..cache.vectors import chunks, codes, unit
 from ..core.files import atomic_path
 from ..core.progress import Progress
 from ..images.shards import ImageShard, small_pictures
 from . import caption_mismatch
-from .neighbours import Pairs, Vectors, chunks, find_pairs
+from .neighbours import Pairs, Vectors, find_pairs
 
 if TYPE_CHECKING:
     from ..cache.store import Store

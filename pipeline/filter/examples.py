@@ -1,11 +1,13 @@
 """Pictures and captions from outside that rows are compared with: evaluation sets and targets; called by rules.py.
 
 A set is a directory of embedding parts (or one part) of the same encoder; a folder of pictures, which are encoded on
-the spot; or a list: .txt with a caption a line, or .csv, .tsv, .jsonl, .parquet with captions, URLs or both.
+the spot; or a list: .txt with a caption a line, .csv, .tsv, .jsonl, .parquet with captions, URLs or both, or .json as
+COCO publishes its annotations (captions_val2017.json).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..cache.vectors import chunks
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
 from ..core.progress import Progress
 from ..images.decode import EXTENSIONS, BadPictureError, open_picture, thumbnail
-from .neighbours import Vectors, find_across
+from .kmeans import kmeans, nearest
+from .neighbours import Vectors, find_across, unit
 
 if TYPE_CHECKING:
     from ..cache.part import PartMeta
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
 
 CAPTIONS = ("caption", "text", "prompt", "sentence", "title")  # names of columns, in any case
 URLS = ("url", "coco_url", "flickr_url", "image_url")
-KINDS = "parts, a folder of pictures, or a .txt, .csv, .tsv, .jsonl or .parquet list with a column caption or url"
+KINDS = "parts, a folder of pictures, COCO's .json, or a .txt, .csv, .tsv, .jsonl, .parquet list of caption or url"
 ENCODED = 64  # pictures at once
+PICTURES_A_CLUSTER = 100  # of the clusters that targets choose from, on average
+MOST_CLUSTERS = 100_000
 
 
 @dataclass
@@ -139,10 +145,15 @@ def _read_list(path: Path, where: str, examples: Examples) -> None:
         if path.suffix == ".txt":
             examples.captions += [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
             return
+        if path.suffix == ".json":
+            coco = json.loads(path.read_text("utf-8"))
+            examples.captions += [str(entry["caption"]) for entry in coco["annotations"] if "caption" in entry]
+            examples.urls += [str(image[name]) for image in coco["images"] for name in URLS if name in image]
+            return
         if path.suffix not in readers:
             raise UsageError("this is no kind of set that is known", where=where, hint=f"name {KINDS}")
         frame = readers[path.suffix]()
-    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"this list cannot be read: {error}", where=where, hint=f"name {KINDS}") from None
     columns = {name.lower(): name for name in frame.columns}
     captions = [columns[name] for name in CAPTIONS if name in columns]
@@ -195,3 +206,23 @@ def overlap(
         ).to_numpy()
         found["urls"] = int(url.sum())
     return picture | caption | url, cosine, found
+
+
+def off_target(targets: Examples, evidence: Evidence, rows: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Which rows lie in a cluster that is nearest to no target → (n,) bool, how many clusters are, how many there are.
+
+    UsageError where the targets have no pictures.
+    """
+    if not len(targets.embedding):
+        raise UsageError("no pictures among the targets", where="filter.targets", hint="name parts or a folder")
+
+    def read(some: np.ndarray):
+        return unit(evidence.store.image_embeddings(some))
+
+    clusters = min(MOST_CLUSTERS, max(2, len(rows) // PICTURES_A_CLUSTER), len(rows))
+    sample = np.sort(np.random.default_rng(0).permutation(rows)[: 64 * clusters])
+    centre = kmeans(read, read(rows[:1]).dtype, sample, clusters, evidence.progress)
+    chosen = np.zeros(clusters, bool)
+    chosen[nearest(unit(targets.embedding), centre).numpy()] = True
+    mine = np.concatenate([nearest(read(rows[some]), centre).numpy() for some in chunks(len(rows))])
+    return ~chosen[mine], int(chosen.sum()), clusters

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache.vectors import CHUNK, chunks
 from ..core.progress import Progress
+from .kmeans import depths, kmeans, nearest
 
 EXACT_LIMIT = {"cpu": 65_536, "cuda": 1_000_000}  # pictures up to which every pair is compared
 BLOCK = {"cpu": 2_048, "cuda": 16_384}  # side of one square of the similarity matrix
-CHUNK = 65_536  # pictures read, or pairs computed again, at once
 QUERIES = {"cpu": 262_144, "cuda": 4_194_304}  # pictures whose nearest lists are held at once
 RECALL = 0.99  # of pairs; a search that finds fewer is widened
 SAMPLE = 4_096  # pictures compared with everything: to set the number of lists, and again to measure the recall
-POINTS_A_LIST, ROUNDS = 64, 8  # of k-means
+POINTS_A_LIST = 64  # that k-means sees
 FEWEST_LISTS = 4  # looked into beside a picture's own, even where the sample needs none
 MOST_PAIRS = 4_000_000  # pairs held before they are thinned: about 100 MB
 MOST_OF_ONE = 16  # a picture with more look-alikes keeps so many of the likest, and so many of the lowest rank
@@ -326,10 +327,10 @@ def _search_lists(found: _Found, progress: Progress) -> Pairs:
     # How many lists beside its own must a picture look into?
     sample, again = np.array_split(rng.permutation(size)[: 2 * SAMPLE], 2)
     true = _pairs_of(found, sample, coarse, order, place, progress)
-    depth = _depths(place[true.i], place[true.j], coarse, own, centre)
+    depth = depths(place[true.i], place[true.j], coarse, own, centre)
     needed = int(np.quantile(depth, (1 + RECALL) / 2, method="higher")) if len(depth) else 0
     true = _pairs_of(found, again, coarse, order, place, progress)  # for the recall of what will be found
-    depth = _depths(place[true.i], place[true.j], coarse, own, centre)
+    depth = depths(place[true.i], place[true.j], coarse, own, centre)
 
     found.anew()
     with progress.task("comparing within lists", lists, "lists") as task:
@@ -353,32 +354,6 @@ def _search_lists(found: _Found, progress: Progress) -> Pairs:
         done, wanted = wanted, min(2 * wanted + 1, lists - 1)
 
 
-def kmeans(
-    read: Callable[[np.ndarray], Tensor], dtype: torch.dtype, sample: np.ndarray, lists: int, progress: Progress
-) -> Tensor:
-    """Spherical k-means on the sampled rows, read as unit vectors (n, D) → unit centres (lists, D) of this dtype."""
-    points = torch.cat([read(sample[rows]).to(dtype) for rows in chunks(len(sample))])
-    pick = torch.from_numpy(np.random.default_rng(1).permutation(len(points))).to(points.device)
-    centre = points[pick[:lists]]
-    with progress.task("finding lists", ROUNDS, "rounds") as task:
-        for turn in range(ROUNDS):
-            total = torch.zeros(lists, points.shape[1], device=points.device)
-            for some in points.split(CHUNK):
-                total.index_add_(0, nearest(some, centre), some.float())
-            length = total.norm(dim=1, keepdim=True)
-            lonely = (length == 0).flatten()
-            others = (turn * lists + torch.arange(int(lonely.sum()), device=pick.device)) % len(pick)
-            total[lonely] = points[pick[others]].float()
-            centre = (total / total.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(dtype)
-            task.advance()
-    return centre
-
-
-def nearest(points: Tensor, centre: Tensor) -> Tensor:
-    """List of each point, (n,) int64."""
-    return torch.cat([(some @ centre.T).argmax(1) for some in points.split(8_192)])
-
-
 def _pairs_of(
     found: _Found, sample: np.ndarray, coarse: Tensor, order: np.ndarray, place: np.ndarray, progress: Progress
 ) -> Pairs:
@@ -392,19 +367,6 @@ def _pairs_of(
                 found.compare(sample[rows], mine, order[there], coarse[there])
                 task.advance(len(rows) * len(order[there]) // len(sample))
     return found.pairs()
-
-
-def _depths(i: np.ndarray, j: np.ndarray, coarse: Tensor, own: np.ndarray, centre: Tensor) -> np.ndarray:
-    """Lists beside their own that the pictures at places i and j have to look into until one meets the other, (n,)."""
-    depth = np.full(len(i), len(centre), np.int64)
-    for first, second in ((i, j), (j, i)):
-        for rows in chunks(len(i), 8_192):
-            near = coarse[torch.from_numpy(first[rows]).to(coarse.device)] @ centre.T
-            mine, other = (torch.from_numpy(own[at[rows]]).to(coarse.device)[:, None] for at in (first, second))
-            closer = (near > near.gather(1, other)).scatter_(1, mine, False).sum(1)
-            needed = torch.where((mine == other).flatten(), 0, closer + 1).cpu().numpy()
-            depth[rows] = np.minimum(depth[rows], needed)
-    return depth
 
 
 def _compare_lists(
@@ -476,8 +438,3 @@ def _free_memory() -> int:
     """Bytes that can be had without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def chunks(size: int, step: int = CHUNK) -> Iterator[np.ndarray]:
-    """0..size in pieces: (≤ step,) int64."""
-    return (np.arange(start, min(start + step, size)) for start in range(0, size, step))

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 MOST_WRONG = 0.65  # share of wrong captions beyond which it is the encoder that is doubted
 LEAST_POWER = 0.85  # how often a right caption must beat one dealt at random; below, the encoder tells too little
-PICTURES_A_CLUSTER = 100  # of the clusters that targets choose from, on average
-MOST_CLUSTERS = 100_000
 THUMBNAILS_LOOKED_AT = 1000  # rows; if all these are blank, the rows were made without pictures
 
 
@@ -217,25 +215,11 @@ def off_target(inputs: Inputs) -> Finding | None:
     """In a cluster of pictures that is nearest to no picture of `targets`: DataComp's image-based filter."""
     if not inputs.options.targets or not len(inputs.rows):
         return None
-    from .neighbours import chunks, kmeans, nearest, unit
+    from .examples import off_target as find
 
-    evidence, rows = inputs.evidence, inputs.rows
     targets = _examples(inputs, "targets", inputs.options.targets)
-    if not len(targets.embedding):
-        raise UsageError("no pictures among the targets", where="filter.targets", hint="name parts or a folder")
-
-    def read(some: np.ndarray):
-        return unit(evidence.store.image_embeddings(some))
-
-    clusters = min(MOST_CLUSTERS, max(2, len(rows) // PICTURES_A_CLUSTER), len(rows))
-    sample = np.sort(np.random.default_rng(0).permutation(rows)[: 64 * clusters])
-    centre = kmeans(read, read(rows[:1]).dtype, sample, clusters, evidence.progress)
-    chosen = np.zeros(clusters, bool)
-    chosen[nearest(unit(targets.embedding), centre).numpy()] = True
-    mine = np.concatenate([nearest(read(rows[some]), centre).numpy() for some in chunks(len(rows))])
-    return Finding(
-        rows[~chosen[mine]], notes={"target_clusters": f"{int(chosen.sum()):,} of {clusters:,}"}, stated=True
-    )
+    off, chosen, clusters = find(targets, inputs.evidence, inputs.rows)
+    return Finding(inputs.rows[off], notes={"target_clusters": f"{chosen:,} of {clusters:,}"}, stated=True)
 
 
 def _examples(inputs: Inputs, option: str, names: list[str]) -> Examples:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..cache.vectors import chunks
 from . import dedup
 from .evidence import Evidence
-from .neighbours import Pairs, chunks, unit
+from .neighbours import Pairs, unit
 
 SAMPLE = 2_048  # pictures whose nearest better one is looked for, to know how low to search
 STEPS = 12  # of the bisection: the cosine to 1/4,096 of the range searched

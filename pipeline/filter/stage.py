@@ -175,7 +175,8 @@ def _dry_run(evidence: Evidence, ws: Workspace, options: FilterSection) -> dict[
     for alone in (True, False):
         for name, seen, finding in rules.apply(evidence, options, ws.card.encoder, ws.root, alone=alone):
             dropped = len(finding.rejected)
-            row = counts.setdefault(name, {})
+            # A rule that has no row left to judge in its turn says nothing then.
+            row = counts.setdefault(name, {"alone": 0, "in_sequence": 0, "left": 0, "threshold": None})
             row["alone" if alone else "in_sequence"] = dropped
             if not alone:
                 row["left"] = seen - dropped

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..cache.vectors import unit
 from ..core.progress import Progress
 from ..core.workspace import Workspace
 from . import charts
@@ -95,6 +96,11 @@ def filter_page(
         shots = Shots(ws, store, np.concatenate(shown).tolist())
         task.advance()
 
+        def alike(copy: int) -> str:
+            """Of the two pictures that are shown: what a copy was dropped for may itself be the copy of what stays."""
+            one, other = unit(store.image_embeddings(np.array([copy, keeper[copy]])))
+            return f"copy {float(one @ other):.3f}"
+
         def pair(first: int, second: int, tag: str, tone: str) -> list[dict[str, Any]]:
             return [
                 shots(first, "stays" if kept[first] else "", "good" if kept[first] else ""),
@@ -122,7 +128,7 @@ def filter_page(
                     [
                         [
                             shots(group[0], f"stays, {size:,} " + ("copy" if size == 1 else "copies"), "good"),
-                            *(shots(r, f"copy {similarity[r]:.3f}", "bad") for r in group[1:]),
+                            *(shots(r, alike(r), "bad") for r in group[1:]),
                         ]
                         for group, size in found
                     ],
@@ -139,7 +145,7 @@ def filter_page(
                 }
                 for column, threshold, dropped, stayed in sides
             ],
-            faint=[pair(int(keeper[r]), int(r), f"copy {similarity[r]:.3f}", "bad") for r in faint],
+            faint=[pair(int(keeper[r]), int(r), alike(int(r)), "bad") for r in faint],
             misses=[pair(i, j, f"no copy {value:.3f}", "good") for i, j, value in near_misses],
             wrong=[shots(r, f"P(wrong) {scores['wrong_probability'][r]:.2f}", "bad") for r in wrong],
             clusters=[
@@ -180,7 +186,7 @@ def _charts(
     if len(copies):
         threshold = funnel["near_copy"]["threshold"]
         svg = charts.histogram({"copies": copies[:DRAWN]}, label="cosine", marks={"threshold": threshold})
-        found.append(chart("Near copies", "cosine to the picture that stays", svg))
+        found.append(chart("Near copies", "cosine to the picture it was dropped for", svg))
     return found
 
 

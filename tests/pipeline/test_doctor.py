@@ -49,9 +49,11 @@ def test_the_installation(elsewhere: Path):
 
 def test_an_extra_that_is_not_installed_is_named_with_the_command(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "faiss" else find(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "aiohttp" else find(name, *rest)
+    )
     data = found(look("shapes"), "installation")["[data]"]
-    assert data["state"] == "note" and "faiss" in data["found"] and '"eclipse-prior[data]"' in data["to_do"]
+    assert data["state"] == "note" and "aiohttp" in data["found"] and '"eclipse-prior[data]"' in data["to_do"]
 
 
 def test_the_machine(elsewhere: Path):

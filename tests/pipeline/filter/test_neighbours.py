@@ -82,13 +82,13 @@ def test_a_search_that_finds_too_little_is_widened(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(neighbours, "SAMPLE", 1000)
     monkeypatch.setattr(neighbours, "FEWEST_LISTS", 0)
     x = cloud(4000, 800, 0.8)
-    real, calls = neighbours._depths, []
+    real, calls = neighbours.depths, []
 
     def blinded(*args):
         calls.append(1)
         return real(*args) if len(calls) != 1 else np.zeros(0, np.int64)
 
-    monkeypatch.setattr(neighbours, "_depths", blinded)
+    monkeypatch.setattr(neighbours, "depths", blinded)
     pairs = find_pairs(Vectors(len(x), x.__getitem__), 0.8, None, QUIET)
     assert pairs.lists > 0 and pairs.recall is not None and pairs.recall >= 0.99
     assert len(ends(pairs) & by_hand(x, 0.8)) >= 0.985 * len(by_hand(x, 0.8))

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import synthetic_cache
+from eclipse.lab.drawing import draw
+from eclipse.lab.shapes import World
 from eclipse.pipeline.cache.store import Store
-from eclipse.pipeline.core.card import Card, FilterSection
+from eclipse.pipeline.core.card import Card, FilterSection, resolve
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
-from eclipse.pipeline.filter import evidence, rules
+from eclipse.pipeline.embed.clip import Encoder
+from eclipse.pipeline.filter import evidence, examples
 from eclipse.pipeline.filter.condition import holds
+from eclipse.pipeline.filter.neighbours import Vectors, find_across
 from eclipse.pipeline.filter.stage import filter_cache
+from eclipse.pipeline.images.decode import thumbnail
 from eclipse.why import tell
+from PIL import Image
 from synthetic_cache import Maker, Row
 
 QUIET = Progress(quiet=True)
@@ -188,6 +196,52 @@ def test_what_an_evaluation_set_holds_is_not_trained_on(tmp_path: Path) -> None:
     assert verdicts[7]["copy_similarity"] > 0.92 and verdicts[12]["copy_similarity"] is None
 
 
+def test_a_folder_of_pictures_is_encoded_and_compared_as_the_rows_were(tmp_path: Path) -> None:
+    scenes = [Image.fromarray(picture) for picture in draw([World().scene(i) for i in range(12)])]
+    folder = tmp_path / "evaluation"
+    (folder / "more").mkdir(parents=True)
+    scenes[3].save(folder / "three.jpg", quality=80)
+    scenes[7].save(folder / "more" / "seven.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    section = Card.load("shapes").encoder
+    encoder = Encoder.load(resolve(section.model))
+    rows = encoder.encode_images(np.stack([encoder.preprocess(scene) for scene in scenes])).numpy()
+    levels = np.stack([thumbnail(scene) for scene in scenes])
+    meta = replace(synthetic_cache.META, encoder_fingerprint=encoder.fingerprint, embedding_dim=rows.shape[1])
+    found = examples.read_examples(["evaluation"], "evaluation_sets", tmp_path, meta, QUIET, section)
+    theirs = Vectors(len(found.embedding), found.embedding.__getitem__, found.thumbnail.__getitem__)
+    i, j, cosine = find_across(Vectors(len(rows), rows.__getitem__, levels.__getitem__), theirs, 0.97, 0.9, QUIET)
+    assert set(zip(i.tolist(), j.tolist(), strict=True)) == {(7, 0), (3, 1)} and cosine.min() > 0.97
+    with pytest.raises(EclipseError, match="not the one that made"):
+        examples.read_examples(["evaluation"], "evaluation_sets", tmp_path, synthetic_cache.META, QUIET, section)
+
+
+def test_cocos_own_annotations_are_an_evaluation_set(tmp_path: Path) -> None:
+    val = {
+        "images": [{"id": 1, "coco_url": "http://127.0.0.1/15.jpg", "flickr_url": "http://127.0.0.1/16.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "Picture number 12 and what it shows ."}],
+    }
+    (tmp_path / "captions_val.json").write_text(json.dumps(val))
+    _, verdicts, _ = filtered(tmp_path / "ws", small(), evaluation_sets=[str(tmp_path / "captions_val.json")])
+    assert dropped(verdicts, "evaluation_overlap") == {12, 15, 16}
+    (tmp_path / "captions_val.json").write_text('["no annotations"]')
+    with pytest.raises(UsageError, match="cannot be read"):
+        filtered(tmp_path / "other", small(), evaluation_sets=[str(tmp_path / "captions_val.json")])
+
+
+def test_a_picture_with_several_captions_is_one(tmp_path: Path) -> None:
+    maker, table = Maker(1), small(20)
+    table += [replace(table[3], caption=f"told otherwise, {n}") for n in range(2)]
+    twin = maker.like(table[3], 22, embedding=0.05, grey=2)
+    table += [twin, replace(twin, caption="the twin told again")]
+    options = {"exact_copies": "image", "near_copy_cosine": 0.92, "near_copy_picture": None}
+    _, verdicts, _ = filtered(tmp_path / "ws", table, **options)
+    assert [i for i, verdict in enumerate(verdicts) if not verdict["keep"]] == [22, 23], (
+        "its own captions are no copies"
+    )
+    assert all(verdicts[i]["duplicate_of"]["row"] == 3 for i in (22, 23))
+
+
 def test_a_set_that_is_none_is_named(tmp_path: Path) -> None:
     for name, problem in (("missing", "no such set"), ("list.csv", "no captions")):
         (tmp_path / "list.csv").write_text("a,b\n1,2\n")
@@ -196,7 +250,7 @@ def test_a_set_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_targets_keep_the_clusters_nearest_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "PICTURES_A_CLUSTER", 5)
+    monkeypatch.setattr(examples, "PICTURES_A_CLUSTER", 5)
     table = small(80)
     for i, row in enumerate(table):
         row.image = row.image + 12 * np.eye(len(row.image))[10 + i % 4]
@@ -229,6 +283,14 @@ def test_a_dry_run_says_what_each_rule_would_drop_and_writes_no_verdict(tmp_path
     other = filter_cache(ws, QUIET, dry_run=True, rules=["min_side=70", "min_caption_length=null"])
     assert other["rules"]["small_picture"]["alone"] == 40 and "would be stopped" in other["warnings"][0]
     assert filter_cache(ws, QUIET)["kept"] == 38
+
+
+def test_a_dry_run_of_rules_that_leave_nothing_says_so(tmp_path: Path) -> None:
+    ws = synthetic_cache.write(tmp_path / "ws", small(), **{**OFF, "wrong_caption": 0.5})
+    result = filter_cache(ws, QUIET, dry_run=True, rules=["min_side=1000"])
+    assert result["kept"] == 0 and result["rules"]["small_picture"]["in_sequence"] == 40
+    assert result["rules"]["wrong_caption"]["in_sequence"] == 0
+    assert any("small_picture would be stopped" in warning for warning in result["warnings"])
 
 
 def test_rules_on_the_command_line_are_part_of_what_was_done(tmp_path: Path) -> None:

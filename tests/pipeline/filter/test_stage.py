@@ -187,6 +187,20 @@ def test_the_page_shows_copies_and_captions_with_their_pictures(planted) -> None
     assert any(f"wrong {position}" in page for position in truth.wrong)
 
 
+def test_the_page_says_how_alike_the_two_pictures_are_that_it_shows(tmp_path: Path) -> None:
+    maker, table = Maker(1), small(30)
+    table += [maker.like(table[5], 30, embedding=0.6, grey=60)]  # 30 goes for 5, as a semantic duplicate
+    table += [maker.like(table[30], 31, embedding=0.05, grey=2)]  # 31 goes for 30, and so for 5
+    options = {"near_copy_cosine": 0.98, "near_copy_picture": None, "semantic_cosine": 0.9, "wrong_caption": None}
+    ws = synthetic_cache.write(tmp_path / "ws", table, **options)
+    filter_cache(ws, QUIET)
+    verdict = pq.read_table(ws.selection).to_pylist()[31]
+    assert verdict["reason"] == "near_copy" and verdict["duplicate_of"]["row"] == 5
+    assert verdict["copy_similarity"] > 0.98
+    one, other = (table[n].image / np.linalg.norm(table[n].image) for n in (31, 5))
+    assert one @ other < 0.98 and f"copy {one @ other:.2f}" in (ws.reports / "filter.html").read_text()
+
+
 def test_the_embed_page_measures_retrieval_and_the_gap(planted) -> None:
     ws, *_ = planted
     path = report.embed_page(ws, Store.open(ws.embeddings), {"not an image": 3})
