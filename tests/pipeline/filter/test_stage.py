@@ -198,7 +198,8 @@ def test_the_page_says_how_alike_the_two_pictures_are_that_it_shows(tmp_path: Pa
     assert verdict["reason"] == "near_copy" and verdict["duplicate_of"]["row"] == 5
     assert verdict["copy_similarity"] > 0.98
     one, other = (table[n].image / np.linalg.norm(table[n].image) for n in (31, 5))
-    assert one @ other < 0.98 and f"copy {one @ other:.2f}" in (ws.reports / "filter.html").read_text()
+    told = [float(value) for value in re.findall(r"copy (0\.\d+)", (ws.reports / "filter.html").read_text())]
+    assert one @ other < 0.97 and min(told) == pytest.approx(one @ other, abs=2e-3)
 
 
 def test_the_embed_page_measures_retrieval_and_the_gap(planted) -> None:
