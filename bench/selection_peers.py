@@ -15,6 +15,7 @@ from ..lab.truth import planted, row_of
 from ..pipeline.cache.store import Store
 from ..pipeline.cache.vectors import chunks
 from ..pipeline.core.progress import Progress
+from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from ..pipeline.filter.dedup import semantic_keepers
 from ..pipeline.filter.kmeans import kmeans, nearest
@@ -85,7 +86,7 @@ def judged(kept: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[str]:
 def against_datacomp(ws: Workspace) -> list[list[str]]:
     """What is left of planted wrong captions and copies in the shapes card's rows, and what it cost."""
     source = ws.card.source
-    assert source.kind == "shapes"
+    assert isinstance(source, ShapesSource)
     store, plan = Store.open(ws.embeddings), planted(source.seed, source.rows)
     number = [row_of(url) for url in store.column("url").to_pylist()]
     wrong = np.array([plan[n].kind == "wrong_caption" for n in number])
