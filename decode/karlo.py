@@ -184,7 +184,7 @@ class KarloDecoder:
                 noise, variance = with_text.split(channels, dim=1)
                 without = without[:, :channels]
                 predicted = torch.cat([without + guidance_scale * (noise - without), variance], dim=1)
-            x = _step(parts.decoder_scheduler, predicted, t, before, x, generators)
+            x = denoised(parts.decoder_scheduler, predicted, t, before, x, generators)
         return x.clamp(-1, 1)
 
     def _enlarge(self, small: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -196,7 +196,7 @@ class KarloDecoder:
         for i, (t, before) in enumerate(schedule):
             unet = parts.super_res_last if i == len(schedule) - 1 else parts.super_res_first
             predicted = unet(sample=torch.cat([x, upscaled], dim=1), timestep=t).sample
-            x = _step(parts.super_res_scheduler, predicted, t, before, x, generators)
+            x = denoised(parts.super_res_scheduler, predicted, t, before, x, generators)
         return x
 
 
@@ -207,10 +207,14 @@ def _timesteps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[T
     return list(zip(times, [*times[1:], None], strict=True))
 
 
-def _step(
+def denoised(
     scheduler: Any, predicted: Tensor, t: Tensor, before: Tensor | None, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    return scheduler.step(predicted, t, x, prev_timestep=before, generator=generators).prev_sample
+    """In float32, whatever the networks' dtype: the scheduler draws noise in the dtype that it is given, and not every
+    version of torch draws the same numbers in half precision.
+    """
+    step = scheduler.step(predicted.float(), t, x.float(), prev_timestep=before, generator=generators)
+    return step.prev_sample.to(x.dtype)
 
 
 def _pictures(x: Tensor) -> list[Image.Image]:
