@@ -28,7 +28,7 @@ class Outage:
     """What is known of the network; for one event loop.
 
     probe(url) says whether anything answers there. known: URLs that were fine before. said(waiting) is told when the
-    waiting begins and when it ends. in_flight() counts the fetches that may still be answered.
+    waiting begins and when fetching goes on. in_flight() counts the fetches that may still be answered.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class Outage:
             self._given_up = not self._alive.is_set()
             self._out, self._failures = False, 0
             self._silent.clear()
-            self._said(False)
+            if not self._given_up:
+                self._said(False)
             self._let_through(len(self._gate))
             self._decide(True)
         finally:

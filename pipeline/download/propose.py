@@ -43,8 +43,12 @@ def _source(place: str) -> dict[str, Any]:
     if is_remote(place) or any(letter in place for letter in WILD):
         if is_remote(place) or ".tar" in place:
             return {"kind": "webdataset", "shards": place if is_remote(place) else str(Path(place).absolute())}
-        files = table_files(Path(place).absolute()) if place.endswith(ENDINGS) else []
-        return _of_tables(str(Path(place).absolute()), files)
+        pattern = Path(place).absolute()
+        if place.endswith(ENDINGS):
+            return _of_tables(str(pattern), table_files(pattern))
+        if not (lists := sorted(path for path in pattern.parent.glob(pattern.name) if path.is_file())):
+            raise UsageError("no files are there", where=str(pattern))
+        return _of_list(lists[0], str(pattern))
     path = Path(place).absolute()
     if path.is_dir():
         return _of_folder(path)

@@ -252,7 +252,7 @@ def test_nothing_for_too_long_ends_it():
 
 
 def test_dead_hosts_are_results_while_others_live(web: Web):
-    using = client(patience_s=30.0)
+    using = client(patience_s=30.0, timeout_s=60.0)
     assert fetch(using, web.url("/picture")) == [b"bytes"]
     found = fetch(using, *(f"http://127.0.0.1:9/{number}" for number in range(120)), web.url("/picture"))
     assert reasons(found[:-1]) == ["connection_failed"] * 120 and found[-1] == b"bytes"

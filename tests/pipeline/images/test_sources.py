@@ -299,6 +299,7 @@ def test_a_card_is_proposed_for_what_is_there(tmp_path: Path):
         "photos": ("folder", {"caption_column": "text"}), "table.parquet": ("table", {"image_column": "image"}),
         "list.parquet": ("urls", {"url_column": "URL", "caption_column": "TEXT", "hash_column": "md5"}),
         "list.tsv": ("urls", {"url_column": "url", "caption_column": "caption"}),
+        "*.tsv": ("urls", {"urls": str(tmp_path / "*.tsv"), "caption_column": "caption"}),
         "s3://bucket/cc-*.tar": ("webdataset", {"shards": "s3://bucket/cc-*.tar"}),
     }  # fmt: skip
     for place, (kind, keys) in expected.items():
