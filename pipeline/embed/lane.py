@@ -1,6 +1,6 @@
 """One device's lane: image shards in, embedding parts out; reading, decoding, encoding and writing overlap.
 
-Run by run.py in the stage's own process on a CPU, and by worker.py in one process a device, here or on a cluster.
+Run by run.py in the stage's own process on a CPU, and by core/pool.py in one process a device, here or on a cluster.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class LaneSpec:
     heads: tuple[tuple[str, str], ...]  # kind, aesthetic or safety, and file
     text_states: bool
     card: str
-    lanes: int = 1  # that share the machine where it is built, and its cores
 
-    def build(self, device: str) -> Lane:
-        """Load encoder and heads, under the same settings wherever it is. Raises what Encoder.load and load_head do."""
+    def build(self, device: str, sharing: int = 1) -> Lane:
+        """Load encoder and heads, under the same settings wherever it is. Raises what Encoder.load and load_head do.
+
+        sharing: lanes that share the machine it is built on, whose cores decode.
+        """
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
@@ -72,7 +74,7 @@ class LaneSpec:
             **dict.fromkeys(heads, True),
         )
         cores = len(os.sched_getaffinity(0))
-        return Lane(encoder, heads, meta, decode_threads=max(1, min(MOST_DECODE_THREADS, cores // self.lanes)))
+        return Lane(encoder, heads, meta, decode_threads=max(1, min(MOST_DECODE_THREADS, cores // sharing)))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The embed stage while it runs: shards left, what the workers report, what people see of it. Used by embed.py."""
+"""The embed stage while it runs: shards left, what the workers report, what people see of it. Used by stage.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..cache.part import PartMeta
 from ..core.errors import EclipseError
+from ..core.pool import Actors, Place, Pool, Processes
 from .fates import finished
 from .tasks import Advanced, Event, ShardDone, ShardFailed, ShardTask, TaskBook
 
@@ -22,21 +23,21 @@ SHOWN_SHARDS = 5
 
 
 class EmbedRun:
-    """One run of the stage over `tasks`. Thread-safe once started.
+    """One run of the stage over `tasks`, and the desk of its workers. Thread-safe once started.
 
-    ready: called once, when the first encoder is loaded and before anything is written. piece_done: after each part.
+    begin: called once, when the first encoder is loaded and before anything is written. piece_done: after each part.
     """
 
     def __init__(
         self,
         tasks: Sequence[ShardTask],
         progress: Progress,
-        ready: Callable[[], None],
+        begin: Callable[[], None],
         piece_done: Callable[[], None] = lambda: None,
     ) -> None:
         self.tasks = tasks
         self.progress = progress
-        self.ready, self.piece_done = ready, piece_done
+        self.begin, self.piece_done = begin, piece_done
         self.meta: PartMeta | None = None
         self.book = TaskBook([])
         self.embedded = 0
@@ -46,7 +47,7 @@ class EmbedRun:
         self._fatal: str | None = None
         self._lock = threading.Lock()
 
-    def start(self, meta: PartMeta) -> None:
+    def ready(self, worker: str, meta: PartMeta) -> None:
         """Check what is finished against the encoder's `meta`; the rest goes into the book.
 
         Every worker's meta passes through here: one whose encoder differs from the first's raises EclipseError.
@@ -59,7 +60,7 @@ class EmbedRun:
                     hint="make sure that every node has the same weights",
                 )
             return
-        self.ready()
+        self.begin()
         left = [task for task in self.tasks if finished(task, meta) is None]
         if len(left) < len(self.tasks):
             self.progress.say(f"{len(self.tasks) - len(left):,} of {len(self.tasks):,} shards are embedded already")
@@ -78,17 +79,28 @@ class EmbedRun:
     def here(self, spec: LaneSpec) -> None:
         """Embed in this process, on the CPU."""
         lane = spec.build("cpu")
-        self.start(lane.meta)
+        self.ready("cpu", lane.meta)
         with self.bar():
             try:
-                lane.run(self.book.wait_for("cpu"), lambda event: self.report(event, "cpu"))
+                lane.run(self.book.wait_for("cpu"), lambda event: self.report("cpu", event))
             finally:
                 self.book.close()
 
-    def report(self, event: Event, device: str) -> None:
+    def by(self, transport: Processes | Actors, places: Sequence[Place]) -> None:
+        """Embed by workers, one in each place, until the shards are finished or no worker is left."""
+        with Pool(transport, self, places) as pool:
+            pool.until(lambda: self.meta is not None)
+            with self.bar():
+                pool.until(lambda: self.book.finished)
+
+    def take(self, worker: str) -> ShardTask | None:
+        """The next shard for `worker`, if there is one for it now."""
+        return self.book.take(worker)
+
+    def report(self, worker: str, event: Event) -> None:
         """Take a worker's event into account."""
         if isinstance(event, Advanced):
-            self._advance(event, device)
+            self._advance(event, worker)
         elif isinstance(event, ShardDone):
             self.book.done(event.number)
             self.piece_done()
@@ -103,7 +115,7 @@ class EmbedRun:
         """A worker died: its shards are tried again."""
         numbers = self.book.lost(worker, why)
         shards = ", ".join(f"{number:05d}" for number in numbers) or "none"
-        self.progress.say(f"{worker} {why}; its shards go to another: {shards}")
+        self.progress.say(f"the worker on {worker} {why}; its shards go to another: {shards}")
 
     def require_complete(self) -> None:
         """Raise EclipseError naming the shards that failed for good, or what made going on useless."""
@@ -121,10 +133,10 @@ class EmbedRun:
         if self.book.left:
             raise EclipseError("no worker is left", hint="the finished parts are kept; run it again")
 
-    def _advance(self, event: Advanced, device: str) -> None:
+    def _advance(self, event: Advanced, worker: str) -> None:
         with self._lock:
             self.embedded += event.pictures
-            self.rates[device] += event.pictures
+            self.rates[worker] += event.pictures
         if self._bar is None:
             return
         self._bar.advance(event.pictures + event.rejected, failures=event.rejected)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cache.part import part_name
 from ..core.errors import EclipseError, UsageError
+from ..core.pool import Actors, Place, Processes, ray_cluster
 from ..images.rejects import Reject, write_rejected
 from ..images.sources import look, shards_of
 from .fates import Fate
@@ -51,7 +52,7 @@ def embed(
         used = list(devices) if devices else _devices(gpus, cluster)
         tasks = plan(ws, batch_size or BATCH_SIZES[used[0].partition(":")[0]])
 
-        def ready() -> None:
+        def begin() -> None:
             """The encoder is there and everything asked for makes sense: nothing old goes before."""
             orphans = [] if overwrite else orphaned_parts(ws, tasks)
             run.begin()
@@ -59,18 +60,18 @@ def embed(
                 progress.say(f"{part.name} is of an earlier download and has no image shard any more: removed")
                 part.unlink()
 
-        work = EmbedRun(tasks, progress, ready=ready, piece_done=run.give_up_old)
+        work = EmbedRun(tasks, progress, begin=begin, piece_done=run.give_up_old)
         spec = _spec(ws, progress, keep_states, used, run.card_fingerprint)
         if cluster != "local":
-            from .ray import run_on_ray
-
-            run_on_ray(cluster, spec, work, gpus=used[0] != "cpu")
+            with ray_cluster(cluster) as ray:
+                actors = Actors(ray, spec, ws.root)
+                work.by(actors, actors.places(gpus=used[0] != "cpu"))
         elif used == ["cpu"]:
             work.here(spec)
         else:
-            from .workers import run_workers
-
-            run_workers(used, spec, work)
+            names = [f"{device} {i}" if used.count(device) > 1 else device for i, device in enumerate(used)]
+            pairs = zip(names, used, strict=True)
+            work.by(Processes(spec), [Place(name, device, sharing=len(used)) for name, device in pairs])
         work.require_complete()
         summary, page = _summary(ws, work)
         run.finish(summary, report=page)
@@ -143,7 +144,6 @@ def _spec(
         heads=tuple((kind, file) for kind, file in heads if file),
         text_states=text_states,
         card=card_fingerprint,
-        lanes=len(devices),
     )
 
 

@@ -471,7 +471,7 @@ def _children() -> list[int]:
             command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(parent) == os.getpid() and b"eclipse.pipeline.embed.worker" in command:
+        if int(parent) == os.getpid() and b"eclipse.pipeline.core.pool" in command:
             found.append(int(status.parent.name))
     return found
 
