@@ -1,11 +1,11 @@
 """Shards of a download on a cluster, by img2dataset's own distributors for Ray and Spark. Used by stage.py.
 
+Not core/pool.py's actors: one for a node would leave its other cores idle, and Spark would still need this way.
 The workspace must lie at the same path on every node (a shared file system): nodes write shards there.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from ..core.errors import EclipseError, UsageError
+from ..core.pool import ray_cluster
 from .passes import read_stats
-from .pool import Order
-from .worker import FetchSpec, ShardFetcher, shard_name, work_folder
+from .worker import FetchSpec, Order, ShardFetcher, shard_name, work_folder
 
 LOOK_EVERY_S = 1.0
 SUBJOB_SHARDS = 1000  # shards that Spark gets at a time; img2dataset's own default
@@ -30,10 +30,11 @@ def fetch_on_cluster(
     EclipseError if there is no cluster, or a shard fails.
     """
     images = Path(spec.images)
-    fetcher = ShardFetcher(spec, dict(orders))
-    tasks = [(shard, str(work_folder(images, shard) / "rows.arrow")) for shard, _ in orders]
+    shards = [order.shard for order in orders]
+    fetcher = ShardFetcher(spec, {order.shard: order.auths for order in orders})
+    tasks = [(shard, str(work_folder(images, shard) / "rows.arrow")) for shard in shards]
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(images, [shard for shard, _ in orders], advance, over))
+    watcher = threading.Thread(target=_watch, args=(images, shards, advance, over))
     try:
         with redirect_stdout(sys.stderr):  # img2dataset and Spark print
             watcher.start()
@@ -47,7 +48,7 @@ def fetch_on_cluster(
     finally:
         over.set()
         watcher.join()
-    if left := [shard for shard, _ in orders if read_stats(images, shard) is None]:
+    if left := [shard for shard in shards if read_stats(images, shard) is None]:
         raise EclipseError(
             f"{len(left)} shards were not finished",
             where=f"shard {shard_name(left[0])}, in {images}",
@@ -56,21 +57,10 @@ def fetch_on_cluster(
 
 
 def _on_ray(address: str, fetcher: ShardFetcher, tasks: list[tuple[int, str]]) -> None:
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError("Ray is not installed", hint="install eclipse-prior[ray]") from error
     from img2dataset.distributor import ray_distributor
 
-    try:
-        ray.init(address="auto" if address == "ray" else address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        hint = "start one with `ray start --head`, or leave --cluster out"
-        raise EclipseError(f"no Ray cluster: {error}", where=address, hint=hint) from error
-    try:
+    with ray_cluster(address):
         ray_distributor(1, fetcher, tasks, SUBJOB_SHARDS, 0)
-    finally:
-        ray.shutdown()
 
 
 def _on_spark(address: str, fetcher: ShardFetcher, tasks: list[tuple[int, str]]) -> None:

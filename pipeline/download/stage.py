@@ -32,9 +32,9 @@ from ..images.sources import forget, look, shards_of
 from .http import ClientSpec
 from .passes import Fates, Pass, foreign_files, read_metadata, read_passes, read_stats, write_passes
 from .pictures import Picture, PictureList, Target
-from .pool import Fetchers, Order
+from .pool import Fetchers
 from .url_list import UrlList
-from .worker import SHARD_DIGITS, FetchSpec, shard_name, work_folder
+from .worker import SHARD_DIGITS, FetchSpec, Order, shard_name, work_folder
 
 if TYPE_CHECKING:
     from ..core.progress import Progress, Task
@@ -318,7 +318,7 @@ class _Run:
             with pa.ipc.new_file(folder / "rows.arrow", schema) as writer:
                 writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
             auths = self.list.auths
-            yield shard, {i: auths[row] for i, row in enumerate(columns["row"]) if row in auths}
+            yield Order(shard, {i: auths[row] for i, row in enumerate(columns["row"]) if row in auths})
 
     def account(self) -> dict[str, Any]:
         """Give every pair its fate and write the rejects. Raises EclipseError if the counts do not add up."""

@@ -1,16 +1,15 @@
-"""The process that drives img2dataset, shard by shard. Started by pool.py; shards come in, events go out.
+"""What drives img2dataset, shard by shard, in a process of its own. Built there by core/pool.py; orders in, events out.
 
-One process for all that img2dataset prints and imports: the stage's own standard output stays clean, and the process
-ends at once when its parent does, since its standard input then does.
+A process for all that img2dataset prints and imports: the stage's own standard output stays clean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
-import json
 import os
 import queue
 import shutil
@@ -20,11 +19,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..core.errors import EclipseError
 from .http import Client, ClientSpec, FetchError
 from .outage import OutageError
 
@@ -46,14 +46,48 @@ class FetchSpec:
     rows_per_shard: int
     client: ClientSpec
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def build(self, device: str, sharing: int) -> FetchService:
+        """Import what takes seconds. Called once in a worker's process; both are of no matter to a download."""
+        # webdataset does without torch where there is none; importing it takes longer than img2dataset.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        import img2dataset.downloader  # noqa: F401
 
-    @classmethod
-    def from_json(cls, text: str) -> FetchSpec:
-        data = json.loads(text)
-        client: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["client"].items()}
-        return cls(**{**data, "client": ClientSpec(**client)})
+        return FetchService(self)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A shard to fetch. auths: user:password of its URLs that have one, by their place in it; they lie in no file."""
+
+    shard: int
+    auths: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard were tried."""
+
+    shard: int
+    done: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Nothing answers any more, or (not `waiting`) something does again."""
+
+    waiting: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """The shard's files are in place. asked_wait_s: the longest rest that a server has asked for so far."""
+
+    shard: int
+    asked_wait_s: float
+
+
+Event = Rows | Outage | Done | EclipseError  # an error is final: no other shard could be made either
 
 
 def shard_name(shard: int) -> str:
@@ -269,16 +303,51 @@ def _sort_tar(source: Path, target: Path, spans: list[tuple[str, int, int]]) -> 
         out.write(bytes(-out.tell() % 10_240 or 10_240))  # a tar ends with zeros, in records of 20 blocks
 
 
-class _Events:
-    """JSON lines to the parent; counts are gathered for a moment, to spare it a line a picture."""
+class FetchService:
+    """Fetches shards as they are handed out, SHARDS_AT_A_TIME in threads that share one client."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._out = os.fdopen(descriptor, "w")
+    meta = None
+
+    def __init__(self, spec: FetchSpec) -> None:
+        self._spec = spec
         self._lock = threading.Lock()
-        self._counts: dict[int, list[int]] = {}
+        self._counts: dict[int, list[int]] = {}  # gathered for a moment, to spare the parent a message a picture
         self._sent_at = 0.0
 
-    def count(self, shard: int, done: int, failed: int) -> None:
+    def run(self, tasks: Iterable[Order], report: Callable[[Event], None]) -> None:
+        """Fetch every order of `tasks`; `report` is called from several threads."""
+        self._report = report
+        self._client = Client(self._spec.client, lambda waiting: self._send(Outage(waiting)))
+        free = threading.Semaphore(SHARDS_AT_A_TIME)
+        orders = iter(tasks)
+        with ThreadPoolExecutor(SHARDS_AT_A_TIME) as pool:
+            while free.acquire() and (order := next(orders, None)) is not None:
+                pool.submit(self._work, order).add_done_callback(lambda _: free.release())
+
+    def _work(self, order: Order) -> None:
+        where = f"shard {shard_name(order.shard)}, in {self._spec.images}"
+
+        def fail(error: Exception) -> None:
+            with contextlib.suppress(OSError):  # the log may lie on the same full disk
+                traceback.print_exception(error)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                hint = "make room, and run `eclipse download` again"
+                self._send(EclipseError("the disk is full", where=where, hint=hint))
+            else:
+                what = f"img2dataset failed: {type(error).__name__}: {error}"
+                self._send(EclipseError(what, where=where, hint=f"see {self._spec.log}"))
+
+        try:
+            fetch_shard(self._spec, order.shard, self._client, order.auths, partial(self._count, order.shard), fail)
+            self._send(Done(order.shard, self._client.longest_wait_s))
+        except OutageError:
+            what = f"nothing has answered for {self._spec.client.patience_s:g} s: the network or the servers are out"
+            hint = "finished shards are kept; `eclipse download` goes on when they are back"
+            self._send(EclipseError(what, where=where, hint=hint))
+        except Exception as error:
+            fail(error)
+
+    def _count(self, shard: int, done: int, failed: int) -> None:
         with self._lock:
             counts = self._counts.setdefault(shard, [0, 0])
             counts[0] += done
@@ -286,26 +355,16 @@ class _Events:
             if time.monotonic() - self._sent_at > EVERY_S:
                 self._flush()
 
-    def send(self, **event: Any) -> None:
+    def _send(self, event: Event) -> None:
         with self._lock:
             self._flush()
-            self._write(event)
-
-    def fail(self, shard: int, error: Exception) -> None:
-        number = error.errno if isinstance(error, OSError) else None
-        self.send(event="fault", shard=shard, what=f"{type(error).__name__}: {error}", errno=number)
-        with contextlib.suppress(OSError):  # the log may lie on the same full disk
-            traceback.print_exception(error)
+            self._report(event)
 
     def _flush(self) -> None:
         for shard, (done, failed) in self._counts.items():
-            self._write({"event": "rows", "shard": shard, "done": done, "failed": failed})
+            self._report(Rows(shard, done, failed))
         self._counts.clear()
         self._sent_at = time.monotonic()
-
-    def _write(self, event: dict[str, Any]) -> None:
-        self._out.write(json.dumps(event) + "\n")
-        self._out.flush()
 
 
 class ShardFetcher:
@@ -333,34 +392,3 @@ class ShardFetcher:
 @functools.cache
 def _client_of(spec: FetchSpec) -> Client:
     return Client(spec.client)
-
-
-def main() -> None:
-    """Read the spec, then one shard a line, {"shard": number, "auths": {place: user:password}}; end with the input."""
-    spec = FetchSpec.from_json(sys.stdin.readline())
-    events = _Events(os.dup(1))
-    log = os.open(spec.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    # webdataset does without torch where there is none; importing it takes longer than img2dataset.
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    client = Client(spec.client, lambda waiting: events.send(event="outage", waiting=waiting))
-
-    def work(shard: int, auths: dict[int, str]) -> None:
-        try:
-            fetch_shard(spec, shard, client, auths, partial(events.count, shard), partial(events.fail, shard))
-            events.send(event="done", shard=shard, asked_wait_s=client.longest_wait_s)
-        except OutageError:
-            events.send(event="fault", shard=shard, what="outage", errno=None)
-        except Exception as error:
-            events.fail(shard, error)
-
-    pool = ThreadPoolExecutor(SHARDS_AT_A_TIME)
-    for line in sys.stdin:
-        order = json.loads(line)
-        pool.submit(work, order["shard"], {int(place): auth for place, auth in order["auths"].items()})
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ from eclipse.pipeline.download import stage
 from eclipse.pipeline.download.http import ClientSpec
 from eclipse.pipeline.download.pool import Fetchers
 from eclipse.pipeline.download.stage import download
-from eclipse.pipeline.download.worker import FetchSpec
+from eclipse.pipeline.download.worker import FetchSpec, Order
 from eclipse.pipeline.images.decode import Sample, read_shard
 from eclipse.pipeline.images.rejects import read_rejected
 from shards import good_samples, picture, write_shard
@@ -106,7 +106,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
 
 
 def nothing_runs(root: Path) -> bool:
-    return not children("eclipse.pipeline.download.worker", root) and not children("eclipse.lab.server", root)
+    return not children("eclipse.pipeline.core.pool", root) and not children("eclipse.lab.server", root)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_failures_of_the_open_web_are_retried_replaced_or_named(tmp_path: Path):
 
     def kill_worker(handler: Handler, before: int) -> None:
         if before == 0:
-            for pid in children("eclipse.pipeline.download.worker", root):
+            for pid in children("eclipse.pipeline.core.pool", root):
                 os.kill(pid, signal.SIGKILL)
         handler.give(good[2])
 
@@ -271,7 +271,7 @@ def test_a_shard_whose_worker_died_just_after_its_last_file_is_finished(tmp_path
     (tmp_path / "00003_stats.json").write_text("{}")
     done: list[int] = []
     with Fetchers(spec, print) as fetchers:
-        fetchers.fetch([(3, {})], workers=1, advance=lambda *_: done.append(1))
+        fetchers.fetch([Order(3, {})], workers=1, advance=lambda *_: done.append(1))
     assert not done and not list(tmp_path.glob("00003.*"))
 
 
