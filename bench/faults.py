@@ -31,7 +31,8 @@ from typing import Any, Self
 
 import yaml
 
-from ..pipeline.core.card import CARDS, STAGES
+from ..pipeline.core.card import STAGES
+from ..pipeline.core.card_file import CARDS
 
 OFF, LIST, KILL, FULL = range(4)
 HOW = {KILL: "killed", FULL: "disk full"}

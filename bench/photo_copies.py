@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from ..pipeline.core.card import FilterSection
 from ..pipeline.core.progress import Progress
+from ..pipeline.core.sections import FilterSection
 from ..pipeline.embed.clip import Encoder
 from ..pipeline.filter.crop_match import SIDE, correlations
 from ..pipeline.filter.neighbours import Vectors, find_pairs

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..pipeline.core.card import CARD_NAME, MODELS, STAGES, Card, resolve
+from ..pipeline.core.card import MODELS, STAGES, Card, resolve
+from ..pipeline.core.card_file import CARD_NAME
 from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.files import atomic_path, write_json
 from ..pipeline.core.workspace import Workspace

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..pipeline.core import hub
-from ..pipeline.core.card import Scheduler, resolve
+from ..pipeline.core.card import resolve
 from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.registry import find
-from ..pipeline.core.section import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE
+from ..pipeline.core.sections import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, Scheduler
 from .layouts import DEFAULT_SAMPLES, Picture, beside, plan, slug
 from .prompts import Prompt, default_prompts, prompts_of, read_prompts
 
 if TYPE_CHECKING:
-    from ..pipeline.core.card import DecoderSection
+    from ..pipeline.core.sections import DecoderSection
     from ..pipeline.core.workspace import Workspace
 
 SHAPES_PROMPTS_PER_CATEGORY = 4

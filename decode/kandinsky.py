@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from ..pipeline.cache.packed_text import TextFeatures
-from ..pipeline.core.card import Scheduler
 from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.sections import Scheduler
 from .decoder import Unconditional, generators_of, pictures_at_once
 from .weights import from_pretrained, quiet_diffusers
 

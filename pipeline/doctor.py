@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .core import hub
-from .core.card import CARD_NAME, STAGES, Card, card_names, resolve
+from .core.card import STAGES, Card, resolve
+from .core.card_file import CARD_NAME, card_names
 from .core.errors import EclipseError
 from .core.progress import Progress
 from .core.source import FetchOptions, Source, TableSource, UrlSource, WebdatasetSource, expected_rows, named_files

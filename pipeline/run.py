@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .core.card import CARD_NAME, STAGES, Card, card_names
+from .core.card import STAGES, Card
+from .core.card_file import CARD_NAME, card_names
 from .core.errors import EclipseError, UsageError
 from .core.progress import Progress
 from .core.registry import find

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..pipeline.cache.store import Store
 from ..pipeline.core import hub
-from ..pipeline.core.card import CARD_NAME, resolve
+from ..pipeline.core.card import resolve
+from ..pipeline.core.card_file import CARD_NAME
 from ..pipeline.core.errors import EclipseError, UsageError
 from .checkpoint import load_newest, point_latest, save_checkpoint
 from .data.empty_caption import empty_caption
@@ -33,7 +34,7 @@ from .optim import make_optimizers, optimizer_tensors, restore_optimizers
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
-    from ..pipeline.core.card import EncoderSection, TrainSection
+    from ..pipeline.core.sections import EncoderSection, TrainSection
 
 ARMS = ("eclipse", "projection", "diffusion")
 PUBLISHED = ("karlo", "kandinsky22")  # presets whose embedding_dim is part of what they are

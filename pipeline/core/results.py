@@ -71,7 +71,8 @@ def _show_dirt(dirt: dict[str, Any]) -> None:
 
 def read_cards(name: str | None, *, keys: bool = False) -> dict[str, Any]:
     """Every shipped card in short, or one in full with its comments; or every key that a card may have."""
-    from .card import Card, card_names, every_key, find_card
+    from .card import Card, every_key
+    from .card_file import card_names, find_card
 
     if keys:
         return {"keys": dict(every_key())}

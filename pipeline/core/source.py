@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from .registry import registered
-from .section import MANY, MAX_IMAGE_SIZE, MAX_SEED, NOTHING, Section
+from .sections import MANY, MAX_IMAGE_SIZE, MAX_SEED, NOTHING, Section
 
 
 class FetchOptions(Section):

@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from .card import BUILT_ON, Card, differences, digest, lineage, renamed
+from .card import BUILT_ON, Card, differences, digest, lineage
+from .card_file import renamed
 from .errors import EclipseError
 from .files import remove, sealed, unsealed, write_json
 

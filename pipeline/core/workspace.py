@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .card import CARD_NAME, STAGES, Card
+from .card import STAGES, Card
+from .card_file import CARD_NAME
 from .errors import EclipseError, UsageError
 from .files import TEMPORARIES, remove
 from .stage import Stage, settle

@@ -26,7 +26,7 @@ from .neighbours import Vectors, find_across, unit
 
 if TYPE_CHECKING:
     from ..cache.part import PartMeta
-    from ..core.card import EncoderSection, FilterSection
+    from ..core.sections import EncoderSection, FilterSection
     from .evidence import Evidence
 
 CAPTIONS = ("caption", "text", "prompt", "sentence", "title")  # names of columns, in any case

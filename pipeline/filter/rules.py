@@ -24,7 +24,7 @@ from .neighbours import Pairs, find_pairs
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..core.card import EncoderSection, FilterSection
+    from ..core.sections import EncoderSection, FilterSection
     from .examples import Examples
 
 MOST_WRONG = 0.65  # share of wrong captions beyond which it is the encoder that is doubted

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..cache.store import Store
-    from ..core.card import FilterSection
+    from ..core.sections import FilterSection
     from .evidence import Evidence
     from .rules import Finding
 

@@ -13,9 +13,9 @@ import torch
 from eclipse.decode import render as module
 from eclipse.decode.kandinsky import KandinskyDecoder
 from eclipse.decode.render import render
-from eclipse.pipeline.core.card import Scheduler
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
+from eclipse.pipeline.core.sections import Scheduler
 from eclipse.pipeline.core.workspace import Workspace
 from PIL import Image
 from records import forget

@@ -15,7 +15,7 @@ from ...pipeline.core.files import atomic_path
 from ..distributed import DistEnv
 
 if TYPE_CHECKING:
-    from ...pipeline.core.card import EncoderSection
+    from ...pipeline.core.sections import EncoderSection
 
 FILE = "empty-caption.safetensors"
 

@@ -19,7 +19,7 @@ from ..model.transformer import PackedText
 from .feeds import StatesFrom
 
 if TYPE_CHECKING:
-    from ...pipeline.core.card import EncoderSection
+    from ...pipeline.core.sections import EncoderSection
     from ...pipeline.embed.clip import Encoder
 
 CHUNK = 256  # captions of about one length that go through the text tower together

@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from eclipse.pipeline.core.card import (
-    BUILT_ON,
-    MODELS,
-    RENAMED,
-    STAGES,
-    Card,
-    card_names,
-    keys,
-    resolve,
-)
+from eclipse.pipeline.core.card import BUILT_ON, MODELS, STAGES, Card, keys, resolve
+from eclipse.pipeline.core.card_file import RENAMED, card_names
 from eclipse.pipeline.core.errors import UsageError
 from eclipse.pipeline.core.source import ShapesSource, UrlSource
 from pydantic import BaseModel

@@ -15,9 +15,10 @@ import synthetic_cache
 from eclipse.lab.drawing import draw
 from eclipse.lab.shapes import World
 from eclipse.pipeline.cache.store import Store
-from eclipse.pipeline.core.card import Card, FilterSection, resolve
+from eclipse.pipeline.core.card import Card, resolve
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
+from eclipse.pipeline.core.sections import FilterSection
 from eclipse.pipeline.core.workspace import Workspace
 from eclipse.pipeline.embed.clip import Encoder
 from eclipse.pipeline.filter import evidence, examples
