@@ -286,7 +286,7 @@ def test_a_renamed_key_is_no_change(former: Workspace, monkeypatch: pytest.Monke
     with pytest.raises(EclipseError, match="finished with other settings"):
         former.stage("download").completed()
     monkeypatch.setitem(
-        sys.modules["eclipse.pipeline.core.card"].RENAMED, "source", {"tries": "retries", "links": "urls"}
+        sys.modules["eclipse.pipeline.core.card_file"].RENAMED, "source", {"tries": "retries", "links": "urls"}
     )
     assert former.stage("download").completed() is not None
 
