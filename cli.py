@@ -2,132 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from .pipeline.core.console import present, show_summary
+from .cli_options import Card, Cluster, Gpus, Overwrite, Root, app, shown, stage
 from .pipeline.core.progress import Progress
 
-app = typer.Typer(
-    name="eclipse",
-    help="From image URLs to a text-to-image prior, and from a prior to pictures.\n\n"
-    "`eclipse run` goes through every stage on an embedded example; `eclipse init CARD DIR` starts your own.",
-    rich_markup_mode=None,  # plain help keeps `eclipse --help` quick
-    pretty_exceptions_enable=False,
-    add_completion=True,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
 
-Card = Annotated[str | None, typer.Option("--card", metavar="NAME|FILE", help="Data card; see `eclipse cards`.")]
-Root = Annotated[
-    Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="Workspace; the current directory by default.")
-]
-Cluster = Annotated[
-    str, typer.Option("--cluster", metavar="local|ray|ray://…", help="Where shard tasks run.", show_default=True)
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo the stage from its beginning.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, only errors and results.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Gpus = Annotated[
-    int | None, typer.Option("--gpus", min=0, max=1024, metavar="N", help="GPUs to use; 0 for the CPU, all by default.")
-]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"eclipse {version('eclipse-prior')}")
-        raise typer.Exit()
-
-
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    pass
-
-
-def shared(
-    card: Card = None,
-    workspace: Root = None,
-    cluster: Cluster = "local",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """The options that every stage takes: `stage` appends them to its own."""
-
-
-def stage(options_of: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """Make a command of a function that has a stage's name, its own options and its help, and returns those for it.
-
-    Options left at None are the stage's own to decide. What the function raises is shown like what the stage raises.
-    """
-    name = options_of.__name__
-    own, more = (list(signature(each, eval_str=True).parameters.values()) for each in (options_of, shared))
-
-    def command(
-        card: str | None,
-        workspace: Path | None,
-        cluster: str,
-        overwrite: bool,
-        quiet: bool,
-        as_json: bool,
-        debug: bool,
-        **given: Any,
-    ) -> None:
-        from .pipeline.core.results import show_stage
-        from .pipeline.run import cluster_option, locate, run_stage
-
-        def work(progress: Progress) -> dict[str, Any]:
-            options = {**options_of(**given), **cluster_option(name, cluster)}
-            if name == "render" and options["prior"] is not None:
-                from .decode.export import workspace_for
-
-                ws = workspace_for(card, workspace, options["prior"], progress)
-            else:
-                ws = locate(card, workspace, progress)
-            return run_stage(ws, name, progress, overwrite=overwrite, **options)
-
-        present(work, lambda summary: show_stage(name, summary), quiet=quiet, as_json=as_json, debug=debug)
-
-    command.__name__, command.__doc__ = name, options_of.__doc__
-    command.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]  what Typer reads
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
-    return app.command(cls=_RetryFailed if name == "download" else None)(command)
-
-
-class _RetryFailed(TyperCommand):
-    """`--retry-failed` alone stands for `--retry-failed all`: Typer knows no option whose value may be left out."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        option = "--retry-failed"
-        for place in range(len(args), 0, -1):
-            if args[place - 1] == option and (place == len(args) or args[place].startswith("-")):
-                args.insert(place, "all")
-        return super().parse_args(ctx, args)
-
-
-@app.command()
+@shown("show_run")
 def run(
+    progress: Progress,
     card: Card = None,
     workspace: Root = None,
     gpus: Gpus = None,
     cluster: Cluster = "local",
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Run every stage in turn, from URLs to pictures and figures.
 
     The stages: download, embed, filter, train, render, evaluate. A complete one is skipped, an interrupted one
@@ -138,18 +30,15 @@ def run(
       eclipse run
       eclipse run --card coco -w coco --gpus 8
     """
-    from .pipeline.core.results import show_run
     from .pipeline.run import locate, run_all
 
-    def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(card, workspace, progress, default_card="shapes")
-        return run_all(ws, progress, overwrite=overwrite, gpus=gpus, cluster=cluster)
-
-    present(work, show_run, quiet=quiet, as_json=as_json, debug=debug)
+    ws = locate(card, workspace, progress, default_card="shapes")
+    return run_all(ws, progress, overwrite=overwrite, gpus=gpus, cluster=cluster)
 
 
-@app.command()
+@shown("show_workspace")
 def init(
+    progress: Progress,
     card: Annotated[
         str,
         typer.Argument(
@@ -161,9 +50,7 @@ def init(
     like: Annotated[
         str, typer.Option("--like", metavar="CARD", help="For pictures: whose encoder, prior and decoder to take.")
     ] = "coco",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Make a workspace from a card, or from pictures that you have.
 
     For pictures a card is proposed, in DIR/eclipse.yaml: they are read where they lie. Later commands find the
@@ -179,24 +66,16 @@ def init(
     """
     from .pipeline.run import begin_workspace
 
-    def work(progress: Progress) -> dict[str, Any]:
-        ws = begin_workspace(card, directory, like, progress)
-        return {"workspace": str(ws.root), "card": ws.card.name, "source": ws.card.source.kind}
-
-    def show(result: dict[str, Any]) -> None:
-        print(f"workspace for {result['card']} ({result['source']}): {result['workspace']}")
-        print(f"next: cd {directory} && eclipse run")
-
-    present(work, show, as_json=as_json, debug=debug)
+    ws = begin_workspace(card, directory, like, progress)
+    return {"workspace": str(ws.root), "card": ws.card.name, "source": ws.card.source.kind}
 
 
-@app.command()
+@shown("show_cards")
 def cards(
+    progress: Progress,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this card in full.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print every key that a card may have.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """List the shipped data cards, or print one.
 
     \b
@@ -205,13 +84,13 @@ def cards(
       eclipse cards coco > my-card.yaml
       eclipse cards --keys
     """
-    from .pipeline.core.results import read_cards, show_cards
+    from .pipeline.core.results import read_cards
 
-    present(lambda progress: read_cards(name, keys=keys), show_cards, as_json=as_json, debug=debug)
+    return read_cards(name, keys=keys)
 
 
-@app.command()
-def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) -> None:
+@shown("show_status")
+def status(progress: Progress, workspace: Root = None) -> dict[str, Any]:
     """Show what each stage has done, and what is next.
 
     \b
@@ -219,17 +98,18 @@ def status(workspace: Root = None, as_json: Json = False, debug: Debug = False) 
       eclipse status
       eclipse status -w eclipse-shapes --json
     """
-    from .pipeline.core.results import show_status
     from .pipeline.core.status import gather
     from .pipeline.run import locate
 
-    present(lambda progress: gather(locate(None, workspace, progress)), show_status, as_json=as_json, debug=debug)
+    return gather(locate(None, workspace, progress))
 
 
-@app.command()
+@shown("show_doctor")
 def doctor(
-    card: Card = None, workspace: Root = None, quiet: Quiet = False, as_json: Json = False, debug: Debug = False
-) -> None:
+    progress: Progress,
+    card: Card = None,
+    workspace: Root = None,
+) -> dict[str, Any]:
     """Check installation, machine and cards.
 
     In a workspace it verifies every stored feature too. Exit code 1 if something is broken. What merely is not
@@ -240,23 +120,17 @@ def doctor(
       eclipse doctor
       eclipse doctor --card cc12m
     """
-    from .pipeline.core.results import show_doctor
     from .pipeline.doctor import examine
 
-    def work(progress: Progress) -> dict[str, Any]:
-        return examine(card, workspace, progress)
-
-    if present(work, show_doctor, quiet=quiet, as_json=as_json, debug=debug)["broken"]:
-        raise typer.Exit(1)
+    return examine(card, workspace, progress)
 
 
-@app.command()
+@shown("show_story")
 def why(
+    progress: Progress,
     what: Annotated[str, typer.Argument(metavar="UID|KEY|URL", help="A row; the first 8 digits of a uid will do.")],
     workspace: Root = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Tell a row's story, from the list to the batch.
 
     \b
@@ -264,27 +138,19 @@ def why(
       eclipse why 000031415
       eclipse why https://example.org/cat.jpg
     """
-    from .pipeline.core.results import show_story
     from .pipeline.run import locate
     from .why import tell
 
-    present(
-        lambda progress: tell(locate(None, workspace, progress), what, progress),
-        show_story,
-        as_json=as_json,
-        debug=debug,
-    )
+    return tell(locate(None, workspace, progress), what, progress)
 
 
-@app.command()
+@shown("show_search")
 def search(
+    progress: Progress,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for, in quotes.")],
     top: Annotated[int, typer.Option("--top", min=1, max=1000, metavar="N", help="Pictures to show.")] = 24,
     workspace: Root = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Find the embedded pictures nearest to a text.
 
     By the encoder that embedded them, with the filter's verdict; reports/search.html shows them.
@@ -294,17 +160,13 @@ def search(
       eclipse search "a red cube"
       eclipse search "a watermark" --top 100
     """
-    from .pipeline.core.results import show_search
     from .pipeline.run import locate, write_overview
     from .search import search as find
 
-    def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(None, workspace, progress)
-        found = find(ws, text, progress, top=top)
-        write_overview(ws, "search")
-        return found
-
-    present(work, show_search, quiet=quiet, as_json=as_json, debug=debug)
+    ws = locate(None, workspace, progress)
+    found = find(ws, text, progress, top=top)
+    write_overview(ws, "search")
+    return found
 
 
 @stage
@@ -319,7 +181,7 @@ def download(
             "--retry-failed", metavar="[REASON,…]", help="Fetch what failed (for these reasons) into further shards."
         ),
     ] = None,
-) -> dict[str, Any]:
+) -> None:
     """Fetch the card's pictures into image shards.
 
     img2dataset writes them as WebDataset tars; a resumed download fetches what is missing. What is asked for by --limit
@@ -334,7 +196,6 @@ def download(
       eclipse download --retry-failed
       eclipse download --retry-failed timed_out,http_503
     """
-    return {"limit": limit, "sample": sample, "retry_failed": retry_failed}
 
 
 @stage
@@ -343,7 +204,7 @@ def embed(
     text_states: Annotated[
         bool | None, typer.Option("--text-states/--no-text-states", help="Store token states; the card decides.")
     ] = None,
-) -> dict[str, Any]:
+) -> None:
     """Turn image shards into CLIP features.
 
     One memory-mapped Parquet part a shard; finished parts are kept when it is run again.
@@ -354,19 +215,19 @@ def embed(
       eclipse embed --gpus 8
       eclipse embed --cluster ray --no-text-states
     """
-    return {"gpus": gpus, "text_states": text_states}
 
 
 @stage
 def filter(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write no verdict: say what each rule would drop, alone and in sequence.")
-    ] = False,
-    rule: Annotated[
+        bool | None,
+        typer.Option("--dry-run", help="Write no verdict: say what each rule would drop, alone and in sequence."),
+    ] = None,
+    rules: Annotated[
         list[str] | None,
         typer.Option("--rule", metavar="KEY=VALUE", help="A key of the card's filter section, for this run; repeat."),
     ] = None,
-) -> dict[str, Any]:
+) -> None:
     """Find copies and bad pairs by the card's rules.
 
     Each row gets a verdict with a reason in selection.parquet; nothing is deleted. What takes long is kept, so that
@@ -378,7 +239,6 @@ def filter(
       eclipse filter --dry-run --rule preset=datacomp_basic --rule min_side=256
       eclipse filter --overwrite        after changing the rules in eclipse.yaml
     """
-    return {"dry_run": dry_run or None, "rules": rule or None}
 
 
 @stage
@@ -393,7 +253,7 @@ def train(
     init: Annotated[
         str | None, typer.Option("--init", metavar="DIR|HUB-ID", help="Prior to start from, instead of the card's.")
     ] = None,
-) -> dict[str, Any]:
+) -> None:
     """Train the prior; an interrupted run resumes exactly.
 
     With more --steps than a finished run had, it goes on from there. On several nodes, start the same command under
@@ -406,7 +266,6 @@ def train(
       eclipse train --init ECLIPSE-Community/ECLIPSE_KandinskyV22_Prior
       torchrun --nnodes 2 --nproc-per-node 8 -m eclipse.cli train -w /shared/ws
     """
-    return {"gpus": gpus, "steps": steps, "arm": arm, "init": init}
 
 
 @stage
@@ -419,7 +278,7 @@ def render(
             help="One prompt in quotes, or a .txt, .jsonl, .csv, .tsv or folder of .txt; the card's by default.",
         ),
     ] = None,
-    negative: Annotated[
+    negative_prompt: Annotated[
         str | None, typer.Option("--negative", metavar="TEXT", help="What the pictures shall not show.")
     ] = None,
     out: Annotated[
@@ -451,8 +310,9 @@ def render(
         str | None, typer.Option("--prompt-column", metavar="NAME", help="Of a .csv or .tsv, in place of Prompt.")
     ] = None,
     blank_decoder_text: Annotated[
-        bool, typer.Option("--blank-decoder-text", help="Hide the prompt from a decoder that reads it (Karlo).")
-    ] = False,
+        bool | None,
+        typer.Option("--blank-decoder-text", help="Hide the prompt from a decoder that reads it (Karlo)."),
+    ] = None,
 ) -> dict[str, Any]:
     """Make pictures from prompts, and a gallery of them.
 
@@ -467,26 +327,11 @@ def render(
     """
     from .decode.prompts import typed
 
-    return {
-        "prompts": typed(prompts or []),
-        "negative_prompt": negative,
-        "out": out,
-        "layout": layout,
-        "samples": samples,
-        "seed": seed,
-        "prior": prior,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "prompt_column": prompt_column,
-        "blank_decoder_text": blank_decoder_text or None,
-    }
+    return {"prompts": typed(prompts or [])}
 
 
 @stage
-def evaluate() -> dict[str, Any]:
+def evaluate() -> None:
     """Measure the trained prior.
 
     In embedding space, and on the shapes card by pixel, beside the oracle.
@@ -496,17 +341,15 @@ def evaluate() -> dict[str, Any]:
       eclipse evaluate
       eclipse evaluate --json > figures.json
     """
-    return {}
 
 
-@app.command()
+@shown("show_export")
 def export(
+    progress: Progress,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the checkpoint.")],
     workspace: Root = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Write the prior in the published ECLIPSE format.
 
     Beside it a model card, README.md, and eclipse.json: its encoder, its data card and every stage's figures.
@@ -518,16 +361,14 @@ def export(
     from .decode.export import export_prior
     from .pipeline.run import check_prior, locate
 
-    def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(None, workspace, progress)
-        check_prior(ws, progress)
-        return export_prior(ws, directory, progress, overwrite=overwrite)
-
-    present(work, lambda result: show_summary(result, title="export"), as_json=as_json, debug=debug)
+    ws = locate(None, workspace, progress)
+    check_prior(ws, progress)
+    return export_prior(ws, directory, progress, overwrite=overwrite)
 
 
-@app.command()
+@shown("show_push")
 def push(
+    progress: Progress,
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the hub; made where there is none.")],
     workspace: Root = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
@@ -535,10 +376,7 @@ def push(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Into a repository that holds something else, too.")
     ] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Publish the prior with its model card on the hub.
 
     It sends what `eclipse export` writes. Log in first with `hf auth login`, or set HF_TOKEN.
@@ -549,19 +387,16 @@ def push(
       eclipse push ada/shapes-prior
     """
     from .decode.export import push_prior
-    from .pipeline.core.results import show_push
     from .pipeline.run import check_prior, locate
 
-    def work(progress: Progress) -> dict[str, Any]:
-        ws = locate(None, workspace, progress)
-        check_prior(ws, progress)
-        return push_prior(ws, repository, progress, private=private, overwrite=overwrite, dry_run=dry_run)
-
-    present(work, show_push, quiet=quiet, as_json=as_json, debug=debug)
+    ws = locate(None, workspace, progress)
+    check_prior(ws, progress)
+    return push_prior(ws, repository, progress, private=private, overwrite=overwrite, dry_run=dry_run)
 
 
-@app.command()
+@shown("show_experiment")
 def lab(
+    progress: Progress,
     experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="world, separation, reduction or sweep.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of results and caches, made where there is none.")
@@ -580,10 +415,7 @@ def lab(
         int | None, typer.Option("--prompts", min=1, max=10_000, help="Prompts a category and split.")
     ] = None,
     card: Card = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Run an experiment of the closed world.
 
     world shows scenes, checker and small models on a page. separation: can the world tell priors apart? reduction:
@@ -597,15 +429,10 @@ def lab(
       eclipse lab reduction --json > reduction.json
       eclipse lab sweep -o sweep
     """
-    from .pipeline.core.results import show_experiment
+    from .lab.experiments import Dials, run, seeds_of
 
-    def work(progress: Progress) -> dict[str, Any]:
-        from .lab.experiments import Dials, run, seeds_of
-
-        dials = Dials(held_out=held_out, pairs=pairs, seeds=seeds_of(seeds), steps=steps, prompts=prompts)
-        return run(experiment, out, progress, dials, card=card)
-
-    present(work, show_experiment, quiet=quiet, as_json=as_json, debug=debug)
+    dials = Dials(held_out=held_out, pairs=pairs, seeds=seeds_of(seeds), steps=steps, prompts=prompts)
+    return run(experiment, out, progress, dials, card=card)
 
 
 if __name__ == "__main__":

@@ -251,18 +251,16 @@ def find(dir_or_hub_id: Path | str) -> Path:
     return hub.fetch(name, (CONFIG, WEIGHTS), (RECORD,), what="prior", name_it="in place of the id")
 
 
-def workspace_for(card: str | None, root: Path | None, prior: str | None, progress: Progress) -> Workspace:
-    """The workspace to render in: as every command finds it, or a new one from the data card that came with `prior`.
+def card_of(prior: str) -> Card | None:
+    """The data card that came with a prior, to make a workspace of; None for the raw text embedding, which has none.
 
     Raises:
-        UsageError: there is none, and `prior` is no export; what `trusted_encoder` raises.
+        UsageError: `prior` is no export; what `trusted_encoder` raises.
     """
-    from ..pipeline.run import locate
     from .job import TEXT_PRIOR
 
-    here = (root or Path.cwd()) / CARD_NAME
-    if card is not None or here.is_file() or prior in (None, TEXT_PRIOR):
-        return locate(card, root, progress)
+    if prior == TEXT_PRIOR:
+        return None
     directory = find(prior)
     record = read_record(directory)
     if record is None:
@@ -284,7 +282,7 @@ def workspace_for(card: str | None, root: Path | None, prior: str | None, progre
             where=str(directory),
             hint=f"make a workspace with a decoder of your own, then `eclipse render -w DIR --prior {prior}`",
         )
-    return Workspace.create(root or Path.cwd() / f"eclipse-{made.name}-pictures", made)
+    return made
 
 
 def _public(name: str) -> str:

@@ -30,13 +30,25 @@ DEVICES = ("embed", "train")
 RESOURCES = ("gpus", "cluster")  # options that change how a stage runs, not what it makes
 
 
-def locate(card: str | None, root: Path | None, progress: Progress, *, default_card: str | None = None) -> Workspace:
+def locate(
+    card: str | None,
+    root: Path | None,
+    progress: Progress,
+    *,
+    default_card: str | None = None,
+    prior: str | None = None,
+) -> Workspace:
     """Open the named workspace, the current directory, or a new one made from the card.
 
     With no directory named: the current one if it is a workspace, else ./eclipse-NAME for a named card, else
     ./eclipse-<default_card>. A card that differs from the workspace's own is refused; keys that go by other names now
-    are said.
+    are said. prior: an export or hub id to render from; outside a workspace its own data card makes one.
     """
+    if prior is not None and card is None and not ((root or Path.cwd()) / CARD_NAME).is_file():
+        from ..decode.export import card_of
+
+        if (made := card_of(prior)) is not None:
+            return Workspace.create(root or Path.cwd() / f"eclipse-{made.name}-pictures", made)
     if root is None and (Path.cwd() / CARD_NAME).is_file():
         root = Path.cwd()
     default = Path.cwd() / f"eclipse-{default_card}"

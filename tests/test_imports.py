@@ -24,7 +24,6 @@ MAY = {
         "pipeline.cache",
         "pipeline.report",
         "pipeline.embed.clip",
-        "pipeline.run",
         "trainer.model",
     },
 }

@@ -14,6 +14,17 @@ def show_stage(stage: str, summary: dict[str, Any]) -> None:
     show_summary(summary, title=stage)
 
 
+def show_workspace(result: dict[str, Any]) -> None:
+    """A workspace that was made, and what to do in it."""
+    print(printable(f"workspace for {result['card']} ({result['source']}): {result['workspace']}"))
+    print(printable(f"next: cd {result['workspace']} && eclipse run"))
+
+
+def show_export(result: dict[str, Any]) -> None:
+    """What was written, and where."""
+    show_summary(result, title="export")
+
+
 def show_story(result: dict[str, Any]) -> None:
     """What `eclipse why` found: each row's stages, one line each."""
     for number, story in enumerate(result["rows"], start=1):

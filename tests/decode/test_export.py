@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from eclipse.decode.export import FILES, describe, export_prior, push_prior, read_record, workspace_for
+from eclipse.decode.export import FILES, describe, export_prior, push_prior, read_record
 from eclipse.pipeline.core import hub as client
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from eclipse.pipeline.core.progress import Progress
 from eclipse.pipeline.core.workspace import Workspace
+from eclipse.pipeline.run import locate
 from fake_hub import fake_hub, hub_environment
 from records import finish
 from tiny_workspace import DIM, make_workspace
@@ -106,18 +107,18 @@ def test_rendering_outside_a_workspace_takes_the_prior_s_own_card(
     export_prior(ws, tmp_path / "out", QUIET)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="its decoder is a directory"):  # no path from a file is followed
-        workspace_for(None, None, "out", QUIET)
+        locate(None, None, QUIET, prior="out")
     record = json.loads((tmp_path / "out" / "eclipse.json").read_text())
     record["card"]["decoder"]["path"] = "{models}/decoder"
     (tmp_path / "out" / "eclipse.json").write_text(json.dumps(record))
-    made = workspace_for(None, None, "out", QUIET)
+    made = locate(None, None, QUIET, prior="out")
     assert made.root == tmp_path / "eclipse-tiny-pictures" and made.card.encoder == ws.card.encoder
-    assert workspace_for(None, ws.root, "out", QUIET).root == ws.root
+    assert locate(None, ws.root, QUIET, prior="out").root == ws.root
     with pytest.raises(UsageError, match="no workspace here"):
-        workspace_for(None, None, None, QUIET)
+        locate(None, None, QUIET)
     (tmp_path / "out" / "eclipse.json").unlink()
     with pytest.raises(UsageError, match=r"no eclipse\.json with this prior"):
-        workspace_for(None, None, "out", QUIET)
+        locate(None, None, QUIET, prior="out")
 
 
 PUSH_AND_LOAD = """
