@@ -59,7 +59,7 @@ class OpenWorkspace:
 
     @property
     def parts(self) -> polars.LazyFrame:
-        """One row a picture–caption pair, vectors as typed arrays; a lazy frame, since features are large."""
+        """One row per picture–caption pair, vectors as typed arrays; a lazy frame, since features are large."""
         from .pipeline.cache.store import scan
 
         return scan(self._ws.embeddings)

@@ -207,7 +207,7 @@ def embed(
 ) -> None:
     """Turn image shards into CLIP features.
 
-    One memory-mapped Parquet part a shard; finished parts are kept when it is run again.
+    One memory-mapped Parquet part per shard; finished parts are kept when it is run again.
 
     \b
     Examples:

@@ -140,7 +140,7 @@ def main() -> None:
     record(
         "python -m eclipse.bench.embed",
         f"Embed, {options.random or 'the lab CLIP'}, CPU",
-        table(["", "pictures/s", "× the faster forward", "CPU ms a picture", "× the leaner forward"], rows),
+        table(["", "pictures/s", "× the faster forward", "CPU ms per picture", "× the leaner forward"], rows),
         {"pictures": options.pictures, "batch": BATCH_SIZES["cpu"], "float32, best of": options.rounds},
         machine,
         options.results,
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def measure(ws: Workspace, encoder: Encoder, pictures: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """(pictures/s, CPU seconds a picture) of every contender, the best of its turns.
+    """(pictures/s, CPU seconds per picture) of every contender, the best of its turns.
 
     They take turns, so that other work on the machine meets all of them; CPU seconds count that work least.
     """

@@ -116,7 +116,7 @@ def main() -> None:
     record(
         "python -m eclipse.bench.embed_peer",
         f"Embed beside clip-retrieval, {options.architecture}, CPU",
-        table(["", "pictures/s", "× the faster peer", "CPU ms a picture", "× the leaner peer"], rows)
+        table(["", "pictures/s", "× the faster peer", "CPU ms per picture", "× the leaner peer"], rows)
         + f"\n\nSame rows; embeddings of the two agree to a cosine of {agreement:.5f} or better."
         + " Loading and warming up the model is counted for neither. Ours also stores token states and thumbnails.",
         {"pictures": options.pictures, "float32, best of": options.rounds},
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def measure(contenders: dict[str, Contender], pictures: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """(pictures/s, CPU seconds a picture) of every contender, the best of its turns."""
+    """(pictures/s, CPU seconds per picture) of every contender, the best of its turns."""
     best = dict.fromkeys(contenders, (0.0, float("inf")))
     for _ in range(rounds):
         for name, contender in contenders.items():

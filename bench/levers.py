@@ -44,7 +44,7 @@ def main() -> None:
         table(["prior, steps or decoder", "seen", "unseen", *CATEGORIES], reference),
     ])  # fmt: skip
     settings = {
-        "prompts a category and split": found["prompts"],
+        "prompts per category and split": found["prompts"],
         "scenes drawn": f"{found['scenes'][0]:,}",
         "pairs": f"{sum(found['pairs']):,}",
     }

@@ -35,7 +35,7 @@ class Options:
     prompts: Path | Sequence[str] | None = None  # a file (see `read_prompts`) or texts
     out: Path | None = None  # the folder; None: one under the workspace's renders/
     layout: str = "flat"
-    samples: int | None = None  # pictures a prompt
+    samples: int | None = None  # pictures per prompt
     seed: int | None = None
     prior: str | None = None  # a directory or hub id, or "text" for the raw text embedding; None: the workspace's own
     steps: int | None = None

@@ -36,9 +36,9 @@ def plan(layout: str, prompts: Sequence[Prompt], samples: int, seed: int) -> lis
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}", hint=f"use one of: {', '.join(LAYOUTS)}")
     if samples < 1:
-        raise UsageError(f"{samples} samples a prompt", hint="ask for at least one")
+        raise UsageError(f"{samples} samples per prompt", hint="ask for at least one")
     if layout == "dpg" and samples != 4:
-        raise UsageError(f"{samples} samples a prompt: a DPG-Bench file is a 2×2 grid", hint="use --samples 4")
+        raise UsageError(f"{samples} samples per prompt: a DPG-Bench file is a 2×2 grid", hint="use --samples 4")
     _require_readable(layout, prompts)
     seeds = _seeds(prompts, samples, seed)
     if layout == "dpg":

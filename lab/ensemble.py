@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class Pairs:
-    """Pairs on the device, by length class. image (P, D) float16: one row a picture; text[c] (n, D) float16, pooled;
+    """Pairs on the device, by length class. image (P, D) float16: one row per picture; text[c] (n, D) float16, pooled;
     states[c] (n, LENGTHS[c], W) float16, zero after the end; lengths[c] and picture[c] (n,) int64, rows of image.
     filled[c]: how many rows are there yet, on the device, so that a captured graph sees more arrive.
     """

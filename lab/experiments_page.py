@@ -19,7 +19,7 @@ ARM_NAMES = {
     "shuffled": "prior of shuffled captions",
 }
 SPLITS = ("seen", "unseen")
-_SHOWN = 2  # unseen prompts a category
+_SHOWN = 2  # unseen prompts per category
 
 
 def write_experiment_page(path: Path, summary: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from .shapes import BACKGROUND_RGB, CATEGORIES, COLORS, HSV, RADIUS, SHAPES, Pro
 
 FRESH = 1_000_000  # scenes from this index on are never drawn for training
 _CHECKED = 2_000  # scenes behind the confusion matrices
-_SHOWN = 4  # scenes a category
+_SHOWN = 4  # scenes per category
 _REBUILT = 8  # scenes shown beside their reconstructions
 _TARGETS = {"clean": 0.99, "spoiled": 0.97}
 

@@ -43,7 +43,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Drawn:
-    """pixels (n, 64, 64, 3) uint8, for "retold" RETOLD rows a scene; crowded (n,) bool: three or four objects;
+    """pixels (n, 64, 64, 3) uint8, for "retold" RETOLD rows per scene; crowded (n,) bool: three or four objects;
     ids (n, MOST_CAPTIONS, MOST_TOKENS) uint16 and n_tokens (n, MOST_CAPTIONS) uint8, 0 where there is no caption: for
     "train" alone.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..pipeline.core.card import Card
     from .score import Shot
 
-SHOWN_PER_GROUP = 3  # prompts a category and split
+SHOWN_PER_GROUP = 3  # prompts per category and split
 ARM_NAMES = {
     "prior": "trained prior",
     "reference": "reference prior",

@@ -56,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a trial stands. pairs: training pairs; prompts: prompts a category and split; fresh: scenes a split that
+    """Where a trial stands. pairs: training pairs; prompts: prompts per category and split; fresh: scenes a split that
     the figures in embedding space are measured on, each with its full caption.
     """
 

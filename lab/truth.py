@@ -18,7 +18,7 @@ Fault = Literal["not_found", "reset", "stall", "truncated"]
 
 SHARES: dict[Kind, float] = {"dead": 0.03, "exact_copy": 0.05, "near_copy": 0.05, "wrong_caption": 0.04}
 FAULTS: tuple[Fault, ...] = ("not_found", "reset", "truncated", "not_found", "truncated", "stall")  # in turn
-ASKED = 100  # prompts a category and split that are kept out of the list's captions
+ASKED = 100  # prompts per category and split that are kept out of the list's captions
 _PLAN, _CAPTION, _FURTHER = 23, 29, 37  # streams of the seed; shapes.py uses others
 
 
@@ -98,7 +98,7 @@ def _told(world: World, entry: Planted, rows: int) -> Scene:
 
 
 def evaluation_texts(world: World, most: int = ASKED) -> set[str]:
-    """What `evaluate` asks, up to so many prompts a category and split: no prior should have learnt from these."""
+    """What `evaluate` asks, up to so many prompts per category and split: no prior should have learnt from these."""
     return {p.text for c in CATEGORIES for split in ("seen", "unseen") for p in world.prompts(c, most, split)}
 
 

@@ -1,4 +1,4 @@
-"""One process a GPU: where this process stands, and the collective operations training needs. Used by stage.py."""
+"""One process per GPU: where this process stands, and the collective operations training needs. Used by stage.py."""
 
 from __future__ import annotations
 

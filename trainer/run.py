@@ -204,7 +204,9 @@ def prior_config(preset: str, store: Store, arm: str, draws: int = 1) -> PriorCo
             hint=hint,
         )
     if arm == "diffusion" and draws > 1:
-        raise UsageError("several draws a caption are for priors of one pass", where="train.draws", hint="set it to 1")
+        raise UsageError(
+            "several draws per caption are for priors of one pass", where="train.draws", hint="set it to 1"
+        )
     longest = int(store.token_counts().max())
     if longest > config.num_embeddings:
         what = f"a caption has {longest} tokens; priors take {config.num_embeddings}"

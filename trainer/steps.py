@@ -87,7 +87,7 @@ def generator_of(run: Run) -> torch.Generator:
 
 
 def noise_shape(run: Run, count: int, dim: int) -> tuple[int, ...]:
-    """(B, D), or (B, K, D) with several draws a caption."""
+    """(B, D), or (B, K, D) with several draws per caption."""
     draws = run.job.options.draws
     return (count, dim) if draws == 1 else (count, draws, dim)
 

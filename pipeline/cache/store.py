@@ -263,7 +263,7 @@ class Store:
         yield from zip(filled.tolist(), cuts[filled].tolist(), cuts[filled + 1].tolist(), strict=True)
 
     def _view(self, name: str, segment: int) -> np.ndarray:
-        """A column of a segment as (rows, bytes a row) uint8; of text_states (tokens, bytes a token)."""
+        """A column of a segment as (rows, bytes per row) uint8; of text_states (tokens, bytes per token)."""
         view = self._views.get((name, segment))
         return self._make_view(name, segment) if view is None else view
 
@@ -300,7 +300,7 @@ class Store:
     def _bounds(self) -> np.ndarray:
         """Where captions begin and end in their segment's tokens: uint32, one more entry than rows in each segment.
 
-        Read once, when first used: 4 bytes a row.
+        Read once, when first used: 4 bytes per row.
         """
         if self._token_bounds is None:
             bounds = map(self._segment_bounds, range(len(self._segments)))

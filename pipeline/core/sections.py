@@ -190,7 +190,7 @@ class TrainSection(Section):
     lambda_: float = Field(0.2, ge=0, alias="lambda", description="weight of the contrastive loss; 0 is the projection")
     temperature: float = Field(0.01, gt=0, description="of the contrastive loss")
     draws: int = Field(
-        1, ge=1, le=24, description="predictions a caption and step, on one reading of the caption; their losses' mean"
+        1, ge=1, le=24, description="predictions per caption and step, on one reading of it; their losses' mean"
     )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one")
     projection_reduction: Literal["mean", "sum"] = Field(
@@ -239,7 +239,7 @@ class RenderSection(Section):
     decides = ("render",)
 
     prompts: list[str] = Field(default_factory=list, description="prompts rendered by default")
-    samples: int = Field(4, ge=1, le=10_000, description="pictures a prompt")
+    samples: int = Field(4, ge=1, le=10_000, description="pictures per prompt")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the noise; prompt and sample number are mixed in")
 
 
@@ -249,7 +249,7 @@ class EvaluateSection(Section):
     decides = ("evaluate",)
 
     prompts_per_category: int = Field(
-        20, ge=1, le=10_000, description="prompts a category and split, for sources with categories"
+        20, ge=1, le=10_000, description="prompts per category and split, for sources with categories"
     )
     rows: int = Field(2000, ge=2, le=MANY, description="validation rows for the metrics in embedding space, at most")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of prompts and noise")

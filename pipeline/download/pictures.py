@@ -40,7 +40,7 @@ class Target:
 class PictureList:
     """A URL list, surveyed. grouped: rows with one URL are one picture (downloads begun before this was so: False).
 
-    Holds 40 bytes a row, and the captions of pictures that have several.
+    Holds 40 bytes per row, and the captions of pictures that have several.
     """
 
     urls: UrlList

@@ -311,7 +311,7 @@ class FetchService:
     def __init__(self, spec: FetchSpec) -> None:
         self._spec = spec
         self._lock = threading.Lock()
-        self._counts: dict[int, list[int]] = {}  # gathered for a moment, to spare the parent a message a picture
+        self._counts: dict[int, list[int]] = {}  # gathered for a moment, to spare the parent a message per picture
         self._sent_at = 0.0
 
     def run(self, tasks: Iterable[Order], report: Callable[[Event], None]) -> None:

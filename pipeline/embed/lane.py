@@ -1,6 +1,6 @@
 """One device's lane: image shards in, embedding parts out; reading, decoding, encoding and writing overlap.
 
-Run by run.py in the stage's own process on a CPU, and by core/pool.py in one process a device, here or on a cluster.
+Run by run.py in the stage's own process on a CPU, and by core/pool.py in one process per device, here or on a cluster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of a lane: encoded chunks → columns → one part a shard, with the account of its inputs. Used by lane.py."""
+"""The end of a lane: encoded chunks → columns → one part per shard, with the account of its inputs. Used by lane.py."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class LaneWriter:
         return shard.writer
 
     def _columns(self, shard: Shard, chunk: Chunk) -> dict[str, Any]:
-        """One row a pair: what belongs to the picture is repeated for each of its captions."""
+        """One row per pair: what belongs to the picture is repeated for each of its captions."""
         pictures, owner, counts = chunk.pictures, chunk.owner, chunk.n_tokens
         arrays = {
             "n_tokens": counts,

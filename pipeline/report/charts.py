@@ -121,7 +121,7 @@ def lines(
 
 
 def dots(rows: Mapping[str, Mapping[str, tuple[float, float | None]]], *, label: str = "") -> Markup:
-    """One line a row, and on it a dot for each of its (up to two) named series: mean and deviation, None: no bar.
+    """One line per row, and on it a dot for each of its (up to two) named series: mean and deviation, None: no bar.
 
     The second series is in the accent colour; rows run from the top. Returns an <svg> element as `histogram` does.
     """

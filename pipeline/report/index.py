@@ -22,9 +22,9 @@ WHAT = {
 # The figures of a summary that say most, by stage: key, unit or name, how to write it. The first few that are there.
 HEADLINES: dict[str, tuple[tuple[str, str], ...]] = {
     "download": (("images", "pictures"), ("rows", "rows of the list")),
-    "embed": (("rows", "rows"), ("images_per_s", "pictures a second")),
+    "embed": (("rows", "rows"), ("images_per_s", "pictures per second")),
     "filter": (("kept", "rows kept"), ("rows", "rows")),
-    "train": (("steps", "steps"), ("samples_per_second", "samples a second"), ("train_rows", "rows")),
+    "train": (("steps", "steps"), ("samples_per_second", "samples per second"), ("train_rows", "rows")),
     "render": (("pictures", "pictures"), ("right", "of them right, by pixel"), ("prompts", "prompts")),
     "evaluate": (("cosine_image", "cosine to the true image"), ("recall_1", "true images found first")),
 }

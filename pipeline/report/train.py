@@ -75,7 +75,7 @@ def train_page(
         tiles=[
             tile(f"{last['cosine_image']:.3f}" if "cosine_image" in last else "–", "cosine to the true image", "good"),
             tile(percent(last["recall_1"]) if "recall_1" in last else "–", "true images found first"),
-            tile(f"{summary['samples_per_second']:,.0f}", "samples a second"),
+            tile(f"{summary['samples_per_second']:,.0f}", "samples per second"),
             tile(percent(summary["data_wait_share"]), "of the time waiting for data"),
             tile(f"{summary['seconds']:,.0f} s", "on " + str(summary["device"])),
             tile(int(summary["parameters"]), "parameters"),

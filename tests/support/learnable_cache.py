@@ -18,7 +18,7 @@ META = PartMeta("learnable", "e" * 16, "none", "fp32", DIM, DIM, "c" * 16)
 
 
 def make_workspace(root: Path, *, pictures: int = 120, seed: int = 0, **train: Any) -> Workspace:
-    """Two captions a picture, told by their first token; the picture's embedding follows from it. Every 10th row is
+    """Two captions per picture, told by their first token; the picture's embedding follows from it. Every 10th row is
     filtered out. train: what differs from a small, quick setting.
     """
     settings = {

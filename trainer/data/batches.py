@@ -35,7 +35,7 @@ class Batches:
     everything is float16 until then. Threads gather up to `prefetch` batches ahead, into pinned memory on CUDA.
 
     states_from: rows (B,) → PackedText, where the cache has no token states (see live_text.py); used even if it has.
-    bins_for: (special tokens after a caption, text positions, draws a caption) of the network, where batches shall
+    bins_for: (special tokens after a caption, text positions, draws per caption) of the network, where batches shall
     come laid out in bins (model/bins.py), in few shapes and float16: for a captured step.
     resident: hold the selected cache on the device. block_rows: > 1 for the block shuffle; its price is in order.py.
 

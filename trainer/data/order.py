@@ -1,7 +1,7 @@
 """The order in which training sees rows: a seeded permutation of every epoch, computed at any position. Used by
 batches.py.
 
-A table of the permutation would cost 8 bytes a row on every rank and seconds at every epoch's start; a Feistel network
+A table of the permutation would cost 8 bytes per row on each rank and seconds at every epoch's start; a Feistel network
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002) gives any stretch of it in constant memory, so that
 resuming at position p costs what position 0 costs.
 """

@@ -41,7 +41,7 @@ class Prior(PriorTransformer):
     def forward(self, noise: Tensor, text_embedding: Tensor, text: PackedText) -> Tensor:
         """noise (B, D) ~ N(0, I), text_embedding (B, D), text of B captions → raw CLIP image embedding (B, D).
 
-        noise (B, K, D): K draws a caption, for little more than one → (B, K, D). In bins: with as many as they are for.
+        noise (B, K, D): K draws per caption, for little more than one → (B, K, D). In bins: as many as they are for.
         """
         noise, text_embedding = (like(x, self.prd_embedding) for x in (noise, text_embedding))
         prd = self.prd_embedding[0].expand(*noise.shape[:-1], -1)

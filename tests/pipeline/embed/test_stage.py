@@ -105,7 +105,7 @@ def test_every_row_is_right_and_every_input_has_a_fate(ws: Workspace, clip: str,
 
 
 def test_a_picture_with_several_captions_is_encoded_once(tmp_path: Path, clip: str, monkeypatch) -> None:
-    """One row a pair, equal in every column to the rows of a shard that holds the picture once for each caption."""
+    """One row per pair, equal in every column to the rows of a shard that holds the picture once for each caption."""
     captions = [["a red square", "a blue circle on the left of a tree", "red"], ["green"], ["a", "word " * 100]]
     once, each = make_workspace(tmp_path / "once", clip), make_workspace(tmp_path / "each", clip)
     broken = ("x", b"no picture", ["one", "two"])

@@ -55,7 +55,7 @@ def test_captions_that_say_nothing_are_all_suspect() -> None:
 
 
 def test_a_caption_is_never_dealt_to_its_own_picture() -> None:
-    group = np.repeat(np.arange(40), 5)  # five captions a picture, as in COCO
+    group = np.repeat(np.arange(40), 5)  # five captions per picture, as in COCO
     other = mismatch._deal(group)
     assert sorted(other.tolist()) == list(range(200)) and (group[other] != group).all()
 

@@ -44,14 +44,14 @@ def test_every_link_of_the_overview_resolves(ws: Workspace) -> None:
     resolved = {path.resolve() for path in found}
     assert {gallery, ws.reports / "train.html", ws.selection, ws.card_path} <= resolved
     text = page.read_text()
-    assert "not yet" in text and "samples a second" in text and "evaluate.html" not in text
+    assert "not yet" in text and "samples per second" in text and "evaluate.html" not in text
 
 
 def test_the_page_of_a_training(ws: Workspace) -> None:
     page = ws.reports / "train.html"
     assert all(path.name in ("index.html", "download.html", "embed.html", "filter.html") for path in links(page))
     text = page.read_text()
-    for said in ("Cosine to the true image", "constant mean", "raw text", "Gradient norm", "samples a second"):
+    for said in ("Cosine to the true image", "constant mean", "raw text", "Gradient norm", "samples per second"):
         assert said in text
     assert text.count("<svg") >= 8
 
