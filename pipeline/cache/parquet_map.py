@@ -58,6 +58,8 @@ def map_file(path: Path) -> np.ndarray:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        # Whoever shortens a mapped file in place kills its readers with SIGBUS. Parts are never written in place: a new
+        # one is renamed over the old, and a mapping keeps the old file's pages for as long as it lives.
         size = os.fstat(descriptor).st_size
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
         if address is None or address == ctypes.c_void_p(-1).value:
@@ -101,6 +103,8 @@ def find_page(mapped: np.ndarray, chunk: Chunk) -> Page:
 
 def page_values(mapped: np.ndarray, chunk: Chunk, rows: int, width: int) -> np.ndarray:
     """The tail of the chunk's page as (rows, width) uint8, zero-copy; `width` is the bytes of one row."""
+    # Counted from the page's end: what comes before is levels, whose encoding and length are the writer's choice. So
+    # the start may be odd: numpy reads float16 that is not aligned, and what leaves the store is a copy.
     page = find_page(mapped, chunk)
     if page.end - page.start < rows * width:
         raise ValueError(f"its page is too short for {rows} rows of {width} bytes")

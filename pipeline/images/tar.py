@@ -93,6 +93,8 @@ def _plain_members(file: BinaryIO, size: int) -> Generator[Member, None, int]:
 
 def _plain_length(header: bytes) -> int:
     """Size of the regular file that this ustar or GNU header describes; -1 for any other and for a broken header."""
+    # What the pattern leaves to tarfile: sizes above 8 GiB (base 256), pax and GNU long names ('x', 'g', 'L', which
+    # change the member that follows), a name prefix, links, sparse files. The checksum counts its own field as spaces.
     match = _PLAIN_HEADER.fullmatch(header)
     if match is None or sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(match["checksum"], 8):
         return -1

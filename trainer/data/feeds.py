@@ -208,6 +208,7 @@ class StoreFeed:
         current.wait_event(event)
         laid_out = [] if packed.bins is None else packed.bins.tensors()
         for tensor in (image, text, packed.states, packed.offsets, *laid_out):
+            # Else the allocator would give this memory to the copying stream while the step still reads it.
             tensor.record_stream(current)  # allocated on the copying stream, used on this one
 
 

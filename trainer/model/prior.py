@@ -44,6 +44,10 @@ class Prior(PriorTransformer):
         noise (B, K, D): K draws per caption, for little more than one → (B, K, D). In bins: as many as they are for.
         """
         noise, text_embedding = (like(x, self.prd_embedding) for x in (noise, text_embedding))
+        # These three stand at positions 77, 78 and 79 however short the caption is, as in the published network, which
+        # pads it to 77. Attention is causal and nothing attends to padding, so leaving the padding out changes no
+        # result; taking positions from the packed length instead of 77 would. Only the last token sees all others:
+        # the prediction is read there.
         prd = self.prd_embedding[0].expand(*noise.shape[:-1], -1)
         return self.run([self.embedding_proj(text_embedding), self.proj_in(noise), prd], text).view(noise.shape)
 
