@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,6 @@ from ..core.files import require_regular
 
 MEMBER_LIMIT = 256 << 20  # bytes; a header may claim anything
 _BLOCK = tarfile.BLOCKSIZE
-_PLAIN_HEADER = re.compile(
-    rb"(?s).{124}(?P<size>[0-7]{11})[\0 ].{12}(?P<checksum>[0-7]{6})[\0 ]{2}0.{100}ustar(?:\x0000|  \0).{80}\0{167}"
-)  # a regular file without link, extension or name prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,43 +62,19 @@ def members(address: Path | str) -> Iterator[Member | Damage]:
     with opened(address) as (file, size):
         if size == 0:
             return
-        start = yield from _plain_members(file, size)
-        file.seek(start)
         try:
-            # ignore_zeros also skips blocks that are no header, which is how tarfile finds the next whole one.
+            # A parser of our own for plain headers took a quarter of tarfile's time; all of it is 0.1 ms per picture,
+            # where decoding one takes milliseconds. ignore_zeros also skips blocks that are no header, which is how
+            # tarfile finds the next whole one.
             archive = tarfile.open(fileobj=cast(Any, _Bounded(file, size)), mode="r:", ignore_zeros=True)  # noqa: SIM115
         except Exception as error:  # tarfile raises whatever its parsing of broken headers runs into
             yield Damage("", _reason(error))
             return
-        yield from _read(archive, start, size)
+        yield from _read(archive, size)
 
 
-def _plain_members(file: BinaryIO, size: int) -> Generator[Member, None, int]:
-    """The leading members that any tar reader understands alike, a third of tarfile's cost; returns where they end."""
-    offset = 0
-    while True:
-        header = file.read(_BLOCK)
-        length = _plain_length(header)
-        end = offset + _BLOCK + -(-length // _BLOCK) * _BLOCK
-        if length < 0 or length > MEMBER_LIMIT or end > size:
-            return offset
-        data = file.read(end - offset - _BLOCK)
-        yield Member(header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), data[:length])
-        offset = end
-
-
-def _plain_length(header: bytes) -> int:
-    """Size of the regular file that this ustar or GNU header describes; -1 for any other and for a broken header."""
-    # What the pattern leaves to tarfile: sizes above 8 GiB (base 256), pax and GNU long names ('x', 'g', 'L', which
-    # change the member that follows), a name prefix, links, sparse files. The checksum counts its own field as spaces.
-    match = _PLAIN_HEADER.fullmatch(header)
-    if match is None or sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(match["checksum"], 8):
-        return -1
-    return int(match["size"], 8)
-
-
-def _read(archive: Any, start: int, size: int) -> Iterator[Member | Damage]:
-    expected = start  # where the next header should start
+def _read(archive: Any, size: int) -> Iterator[Member | Damage]:
+    expected = 0  # where the next header should start
     while True:
         try:
             info = archive.next()
