@@ -205,12 +205,18 @@ def digest(data: dict[str, Any]) -> str:
 def differences(before: dict[str, Any], after: dict[str, Any], stage: str | None = None) -> list[str]:
     """`train.steps: 100 → 200` for each key of two dumped cards that differs; with `stage`, of those that decide it.
 
-    Names, titles and descriptions do not count.
+    Names, titles and descriptions do not count. A key that a card of an earlier version lacks had what is its default.
     """
     old, new = (_flatten({key: renamed(card)[0].get(key) for key in SECTIONS}) for card in (before, after))
     idle = {f"{key.section}.{key.name}" for key in keys() if stage and not set(key.decides) & set(lineage(stage))}
     names = [name for name in dict.fromkeys([*old, *new]) if name not in idle]
     names.sort(key=lambda name: not name.endswith(".kind"))  # what explains most of the others
+    later = {
+        f"{key.section}.{key.name}": key.field.get_default(call_default_factory=True)
+        for key in keys()
+        if not key.field.is_required()
+    }
+    old = {**{name: later.get(name) for name in new}, **old}
     return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from eclipse.pipeline.core.card import Card
+from eclipse.pipeline.core.card import Card, differences
+from eclipse.pipeline.core.files import sealed, unsealed, write_json
 from eclipse.pipeline.core.status import gather
 from eclipse.pipeline.core.workspace import Workspace
 from records import begin, finish, forget
@@ -38,6 +40,21 @@ def test_tars_that_somebody_put_there_are_embedded_not_downloaded(tmp_path: Path
     ws.embeddings.mkdir()
     finish(ws, "embed", summary={"rows": 1})
     assert gather(ws)["next"] == "eclipse filter"
+
+
+def test_a_key_that_came_later_is_no_change(ws: Workspace):
+    """A record of an earlier version lacks it; its default is what that version did."""
+    path = ws.stage("download").path("json")
+    record = unsealed(json.loads(path.read_text()))
+    del record["card"]["source"]["rows_per_shard"], record["card"]["source"]["captions"]
+    write_json(path, sealed(record))
+    changed = [row for row in gather(ws)["stages"] if row["stage"] == "download"]
+    assert sorted(changed[0]["changes"]) == ["source.captions: None → 3", "source.rows_per_shard: 10000 → 1000"]
+    for key, default in (("captions", None), ("rows_per_shard", 10_000)):
+        card = ws.card.model_dump(mode="json", by_alias=True)
+        card["source"][key] = default
+        without = {**card, "source": {name: value for name, value in card["source"].items() if name != key}}
+        assert differences(without, card) == []
 
 
 def test_done_begun_and_waiting(ws: Workspace):
