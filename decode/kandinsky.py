@@ -136,6 +136,10 @@ def _scheduler(name: str, shipped: Any) -> Any:
         return DDIMScheduler.from_config(config, timestep_spacing="trailing")
     kind = "sde-dpmsolver++" if name == "dpm++-sde" else "dpmsolver++"
     karras = name == "dpm++-karras"
+    if karras and config.get("beta_schedule") == "squaredcos_cap_v2":
+        # Karras' sigmas of a cosine schedule, whose largest is beyond 1,000, fall on one training step several times.
+        what = "dpm++-karras does not suit this decoder, whose noise follows a cosine"
+        raise UsageError(what, where=f"scheduler {name}", hint="use dpm++ or dpm++-sde")
     return DPMSolverMultistepScheduler.from_config(
         config, algorithm_type=kind, use_karras_sigmas=karras, timestep_spacing="trailing"
     )

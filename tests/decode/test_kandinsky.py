@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from eclipse.decode.decoder import Unconditional, load_decoder
 from eclipse.decode.kandinsky import NEGATIVE_FILE
 from eclipse.decode.weights import _variant
+from eclipse.pipeline.core.card import Scheduler
 from eclipse.pipeline.core.errors import EclipseError, UsageError
 from safetensors.torch import save_file
 from tiny_decoders import save_tiny_kandinsky
@@ -34,9 +35,17 @@ def embedding() -> torch.Tensor:
 NEGATIVE = torch.linspace(-1, 1, DIM)
 
 
-def decode(path: Path, embedding: torch.Tensor, seeds: list[int], *, guidance_scale: float = 3.0, **options: object):
+def decode(
+    path: Path,
+    embedding: torch.Tensor,
+    seeds: list[int],
+    *,
+    steps: int = 3,
+    guidance_scale: float = 3.0,
+    **options: object,
+):
     decoder = load_decoder("kandinsky22", str(path), unconditional=Unconditional(NEGATIVE), image_size=64, **options)  # type: ignore[arg-type]
-    pictures = decoder.decode(embedding, seeds=seeds, steps=3, guidance_scale=guidance_scale)
+    pictures = decoder.decode(embedding, seeds=seeds, steps=steps, guidance_scale=guidance_scale)
     return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
 
 
@@ -104,6 +113,21 @@ def test_the_negative_embedding_beside_the_decoder_goes_first(tmp_path: Path, em
     with pytest.raises(EclipseError, match="not a file of one tensor") as error:
         decode(path, embedding, SEEDS)
     assert NEGATIVE_FILE in str(error.value.where)
+
+
+@pytest.mark.parametrize("scheduler", get_args(Scheduler))
+def test_every_scheduler_makes_pictures_or_says_why_not(
+    tmp_path: Path, embedding: torch.Tensor, scheduler: str
+) -> None:
+    path = save_tiny_kandinsky(tmp_path / "decoder", embedding_dim=DIM)
+    file = path / "scheduler" / "scheduler_config.json"
+    for schedule in ("linear", "squaredcos_cap_v2"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "beta_schedule": schedule}))
+        if scheduler == "dpm++-karras" and schedule != "linear":
+            with pytest.raises(UsageError, match="whose noise follows a cosine"):
+                decode(path, embedding, SEEDS, scheduler=scheduler, steps=10)
+        else:
+            assert decode(path, embedding, SEEDS, scheduler=scheduler, steps=10).std() > 1
 
 
 def test_ddim_is_deterministic_after_the_first_noise(path: Path, embedding: torch.Tensor) -> None:
