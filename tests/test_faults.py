@@ -44,7 +44,7 @@ def base(faults: Faults, tmp_path: Path, request: pytest.FixtureRequest) -> Path
 
 # How far apart the points are that are taken; `python -m eclipse.bench.faults` takes every one, of every stage.
 @pytest.mark.parametrize(
-    ("base", "every"), [("filter", 1), ("render", 1), ("embed", 5), ("train", 15)], indirect=["base"]
+    ("base", "every"), [("filter", 1), ("render", 6), ("embed", 8), ("train", 25)], indirect=["base"]
 )
 def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
     faults: Faults, base: Path, every: int, request: pytest.FixtureRequest
