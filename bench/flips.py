@@ -45,8 +45,6 @@ READ: dict[str, tuple[tuple[str, str], ...]] = {
     "train": (("prior/final/*", "render"), ("logs/state/train.json", "render")),
     "render": (
         ("prior/final/*", "evaluate"),
-        ("embeddings/part-*.parquet", "evaluate"),
-        ("selection.parquet", "evaluate"),
         ("renders/*.safetensors", "render --overwrite"),
         ("renders/default/**/*", "render"),
     ),
