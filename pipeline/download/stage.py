@@ -8,6 +8,7 @@ Of sources that have their pictures already it only takes stock.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -90,6 +91,9 @@ def download(
     with ws.stage("download", overwrite=overwrite, go_on=asked is not None or reasons is not None) as run:
         if run.complete:
             return run.summary
+        if importlib.util.find_spec("img2dataset") is None:  # or every worker would die of it, with no word here
+            hint = 'use Python 3.11 or 3.12, and pip install "eclipse-prior[data]"'
+            raise UsageError("img2dataset is not installed, and downloads go through it", hint=hint)
         require_own(ws, all_of_it=overwrite)
         with (
             _swept(ws),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import resource
@@ -298,6 +299,15 @@ def test_nothing_to_fetch_nothing_fetched_and_no_place_are_explained(tmp_path: P
         pq.write_table(pa.table({"url": urls[1:], "caption": ["b"]}), ws.root / "list.parquet")
         with pytest.raises(EclipseError, match="no picture could be downloaded: http_404 1"):
             download(ws, QUIET, overwrite=True)
+
+
+def test_without_img2dataset_it_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: (name != "img2dataset" and find(name, *rest)) or None
+    )
+    with pytest.raises(UsageError, match="img2dataset is not installed"):
+        download(shapes_workspace(tmp_path / "ws"), QUIET)
 
 
 def test_a_picture_with_several_captions_is_fetched_and_stored_once(tmp_path: Path):
