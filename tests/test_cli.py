@@ -285,6 +285,12 @@ def test_the_traceback_of_a_defect_is_kept_for_later(ws: Workspace, monkeypatch:
     assert "ZeroDivisionError" in (ws.logs / "tracebacks.txt").read_text()
 
 
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path):
+    command = f"{sys.executable} -m eclipse.cli cards --keys | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 141 and result.stderr == ""
+
+
 def test_a_full_output_device_is_an_error_not_a_traceback(tmp_path: Path):
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "eclipse.cli", "cards"]

@@ -63,8 +63,9 @@ def present(
         else:
             show(result)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # `eclipse status | head`: Typer ends quietly
+    except BrokenPipeError:  # `eclipse status | head`: as the signal ends other programs, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter fails on the same buffer again at its end
         raise typer.Exit(_fail(error, as_json=False, debug=debug)) from None
@@ -112,7 +113,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     for row in cells:
         view.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, width=width).print(view, "")
+    console = Console(file=sys.stdout, width=width)
+    console.on_broken_pipe = _reader_left  # rich's own ends with 1
+    console.print(view, "")
+
+
+def _reader_left() -> None:
+    raise BrokenPipeError
 
 
 def show_summary(summary: dict[str, Any], *, title: str) -> None:
