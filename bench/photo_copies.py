@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
+from ..pipeline.cache.vectors import chunks
 from ..pipeline.core.progress import Progress
 from ..pipeline.core.sections import FilterSection
 from ..pipeline.embed.clip import Encoder
@@ -83,8 +84,11 @@ def main() -> None:
 
     def overlay(i: np.ndarray, j: np.ndarray) -> np.ndarray:
         assert rules.near_copy_picture is not None
-        a, b = (torch.from_numpy(pictures[side]).permute(0, 3, 1, 2).float() / 255 for side in (i, j))
-        return (correlations(a, b, rules.near_copy_picture) >= rules.near_copy_picture).numpy()
+        passed = np.empty(len(i), bool)
+        for some in chunks(len(i), 1_024):
+            a, b = (torch.from_numpy(pictures[side[some]]).permute(0, 3, 1, 2).float() / 255 for side in (i, j))
+            passed[some] = (correlations(a, b, rules.near_copy_picture) >= rules.near_copy_picture).numpy()
+        return passed
 
     assert rules.near_copy_cosine is not None
     alike = find_pairs(vectors, rules.near_copy_cosine, rules.near_copy_thumbnail, Progress())
