@@ -63,7 +63,6 @@ def test_a_stage_stopped_anywhere_ends_as_if_it_never_had_been(
 @pytest.mark.parametrize(
     ("base", "files", "step"),
     [
-        ("embed", "images/*.tar", "embed"),
         ("filter", "embeddings/*", "filter"),
         ("filter", "logs/state/embed.json", "filter"),
         ("train", "embeddings/*", "train"),
