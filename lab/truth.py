@@ -63,10 +63,14 @@ def planted(seed: int, rows: int) -> list[Planted]:
 
 def caption_of(world: World, entry: Planted, rows: int) -> str:
     """The first caption of a picture. A copy has its original's or another of the same scene, half of the time each."""
+    return _first(world, entry, _told(world, entry, rows))
+
+
+def _first(world: World, entry: Planted, scene: Scene) -> str:
     rng = np.random.default_rng([world.seed, _CAPTION, entry.row])
     if entry.original is not None and rng.random() < 0.5:
         rng = np.random.default_rng([world.seed, _CAPTION, entry.original])
-    return world.caption(_told(world, entry, rows), rng)
+    return world.caption(scene, rng)
 
 
 def captions_of(world: World, entry: Planted, rows: int, most: int, without: Set[str] = frozenset()) -> list[str]:
@@ -74,8 +78,8 @@ def captions_of(world: World, entry: Planted, rows: int, most: int, without: Set
 
     without: texts that no caption may be; a picture of which nothing else can be said keeps its first caption.
     """
-    first = caption_of(world, entry, rows)
     scene = _told(world, entry, rows)
+    first = _first(world, entry, scene)
     rng = np.random.default_rng([world.seed, _FURTHER, entry.row])
     fitting = fitting_categories(scene)
     further = [world.caption(scene, rng, fitting[i]) for i in rng.permutation(len(fitting))]

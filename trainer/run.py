@@ -41,7 +41,7 @@ PUBLISHED = ("karlo", "kandinsky22")  # presets whose embedding_dim is part of w
 KEPT_CHECKPOINTS = 2
 STATISTICS_ROWS = 10_000
 
-WORTH_SPLITTING = 2_000_000  # parameters from which a CPU step gains from several threads
+WORTH_SPLITTING = 2_000_000  # parameters from which a CPU step gains from more threads than two
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def prepare(job: TrainJob, world: DistEnv, say: Callable[[str], None]) -> Run:
         start_from(prior, job.options.init)
     prior = prior.to(world.device)
     if world.device.type == "cpu" and sum(p.numel() for p in prior.parameters()) < WORTH_SPLITTING:
-        torch.set_num_threads(1)  # threads that wait for each other cost more than these small operations
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more wait for each other
     if isinstance(prior, DiffusionPrior):
         _normalise(prior, store, rows, job, world)
     run = Run(

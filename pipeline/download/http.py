@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from aiohttp.http_exceptions import ContentEncodingError
 from yarl import URL
 
 from .addresses import Addresses, PrivateAddressError
+from .crowd import Crowd
 from .outage import Outage
 
 BODY_LIMIT = 64 << 20  # bytes of one body, unpacked
@@ -34,7 +34,6 @@ BODIES_LIMIT = 256 << 20  # of all that a process holds: being read, or read and
 REDIRECTS = 10
 NAME_THREADS = 32  # names looked up at a time: the system's resolver blocks
 LONGEST_REQUESTED_WAIT_S = 120.0  # of what a server may ask for by Retry-After
-FEWEST = 8  # fetches at a time, however crowded the line
 TOKEN = "eclipse"  # what robots.txt and X-Robots-Tag may call us
 
 
@@ -95,38 +94,6 @@ class _Host:
     slots: asyncio.Semaphore
     not_before: float = 0.0  # it asked to be left alone until then
     fine_at: float = float("-inf")  # when it last gave what was asked for
-
-
-class Crowd:
-    """So many fetches at a time as machine and line bear: one more with every round that goes well, fewer when hosts
-    that answered a moment ago time out."""
-
-    def __init__(self, most: int) -> None:
-        self.allowed = float(min(32, most))
-        self._most, self._running = most, 0
-        self._cut_at = 0.0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def __aenter__(self) -> None:
-        while self._running >= int(self.allowed):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            await turn
-        self._running += 1
-
-    async def __aexit__(self, *_: object) -> None:
-        self._running -= 1
-        for _turn in range(min(len(self._waiting), max(int(self.allowed) - self._running, 0))):
-            if not (turn := self._waiting.popleft()).done():
-                turn.set_result(None)
-
-    def went_well(self) -> None:
-        self.allowed = min(self._most, self.allowed + 1 / self.allowed)
-
-    def was_too_much(self) -> None:
-        if time.monotonic() - self._cut_at > 1:  # what was under way together is one sign, not many
-            self._cut_at = time.monotonic()
-            self.allowed = max(FEWEST, 0.7 * self.allowed)
 
 
 class Client:
@@ -256,7 +223,7 @@ class Client:
                     data = await self._follow(url, auth, heard)
             except TimeoutError:
                 if host.fine_at > time.monotonic() - 10 * self.spec.timeout_s:
-                    self._crowd.was_too_much()
+                    self._crowd.was_too_late()
                 raise FetchError("timed_out", f"after {self.spec.timeout_s:g} s", silent=not heard) from None
             except FetchError:
                 raise

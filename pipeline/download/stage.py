@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ..core.workspace import Workspace
 
 CONCURRENCY = 128  # fetches at a time in one process
-SHAPES_CONCURRENCY = 16  # where a busy machine serves itself, many at a time would only time each other out
+SHAPES_CONCURRENCY = 24  # where a busy machine serves itself, many at a time would only time each other out
 RETRY_WAIT_S = 5.0  # before the first pass over failures; twice as long before each further one
 LONGEST_RETRY_WAIT_S = 120.0
 # What of X-Robots-Tag forbids the use; img2dataset's own defaults.

@@ -277,12 +277,18 @@ def test_a_job_travels_to_other_processes(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(job)) == job and job.options.steps == 4
 
 
-def test_one_thread_for_a_small_prior_and_all_for_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_for_a_small_prior_and_all_for_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[int] = []
     interrupt_at(monkeypatch, 1, lambda: used.append(torch.get_num_threads()))
     before = torch.get_num_threads()
-    stage.train(make_workspace(tmp_path / "ws", steps=3), QUIET)
-    assert used == [1] and torch.get_num_threads() == before
+    torch.set_num_threads(4)
+    try:
+        stage.train(make_workspace(tmp_path / "ws", steps=3), QUIET)
+        assert used == [2] and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_overwrite_that_cannot_start_costs_nothing(undisturbed: Workspace, tmp_path: Path) -> None:
