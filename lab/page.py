@@ -14,6 +14,7 @@ from PIL import Image
 from ..pipeline.core.card import Card
 from ..pipeline.core.errors import UsageError
 from ..pipeline.core.progress import Progress
+from ..pipeline.core.source import ShapesSource
 from ..pipeline.report.page import data_uri, write_page
 from .accuracy import Confusion, blur_and_jpeg, measure
 from .annotate import annotated
@@ -36,7 +37,7 @@ def build(out_dir: Path, progress: Progress, *, card: Card | None = None, checke
     checked: scenes behind the confusion matrices.
     """
     card = card or Card.load("shapes")
-    if card.source.kind != "shapes":
+    if not isinstance(card.source, ShapesSource):
         raise UsageError(f"card {card.name!r} does not draw shapes", hint="use --card shapes or one made from it")
     world = World(card.source.seed, card.source.held_out)
     out_dir.mkdir(parents=True, exist_ok=True)

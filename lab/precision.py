@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..pipeline.cache.store import Store
 from ..pipeline.core.files import write_json
+from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from .truth import Planted, planted, row_of
 
@@ -64,7 +65,7 @@ def audit(ws: Workspace, *, measure_it: bool) -> dict[str, Any] | None:
 def _verdicts(ws: Workspace) -> tuple[list[Planted], dict[int, list[str | None]]]:
     """The plan, and of every picture that was embedded the reason of each of its pairs (None: kept)."""
     source = ws.card.source
-    assert source.kind == "shapes"
+    assert isinstance(source, ShapesSource)
     store = Store.open(ws.embeddings)
     table = pq.read_table(ws.selection, columns=["part", "row", "reason"])
     rows = store.rows_of(table["part"].to_numpy(), table["row"].to_numpy())

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..pipeline.core.card import Card
+from ..pipeline.core.source import ShapesSource
 
 
 def default_prompts(card: Card, per_category: int) -> list[Prompt]:
     """`per_category` prompts in each category and split of the card's world, with what they ask for."""
     source = card.source
-    assert source.kind == "shapes"
+    assert isinstance(source, ShapesSource)
     world = World(source.seed, source.held_out)
     found = [
         prompt

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +28,12 @@ from PIL import Image
 
 from ..pipeline.core.errors import EclipseError
 from ..pipeline.core.files import atomic_path
+from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from ..pipeline.download.url_list import UrlList
 from .drawing import draw
 from .shapes import World
 from .truth import Planted, captions_of, evaluation_texts, planted
-
-if TYPE_CHECKING:
-    from ..pipeline.core.source import ShapesSource
 
 HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)  # below the range from which systems lend ports to outgoing connections
@@ -64,7 +62,7 @@ def serve(ws: Workspace) -> Iterator[UrlList]:
     Raises EclipseError if the list's port is taken by another program.
     """
     source = ws.card.source
-    assert source.kind == "shapes"
+    assert isinstance(source, ShapesSource)
     ws.logs.mkdir(parents=True, exist_ok=True)
     with (ws.logs / "server.log").open("ab") as log:
         # A session of its own keeps Ctrl-C from it; it ends with its standard input, so with this process.

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-FEWEST, FIRST = 8, 32  # fetches at a time, however crowded the line; to begin with
+FEWEST, FIRST = 16, 32  # fetches at a time, however crowded the line; to begin with
 CROWDED = 0.05  # share of late answers from hosts that do answer: some URLs are dead without any crowd
 
 
