@@ -13,8 +13,8 @@ import torch
 from eclipse.decode.decoder import Unconditional, load_decoder
 from eclipse.decode.kandinsky import NEGATIVE_FILE
 from eclipse.decode.weights import _variant
-from eclipse.pipeline.core.card import Scheduler
 from eclipse.pipeline.core.errors import EclipseError, UsageError
+from eclipse.pipeline.core.sections import Scheduler
 from safetensors.torch import save_file
 from tiny_decoders import save_tiny_kandinsky
 
