@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 PUBLISHED_ENCODERS = {768: "karlo", 1280: "kandinsky22"}
 
 
-@dataclass(frozen=True)
-class PriorOutput:
+OUTPUTS = ("image_embeds", "negative_image_embeds")
+
+
+@dataclass(frozen=True, eq=False)
+class PriorOutput(Mapping[str, torch.Tensor]):
     """What diffusers' prior pipelines return, under the same names: image_embeds and negative_image_embeds (N, D).
 
     `KandinskyV22Pipeline(**output)` and `image_embeds, negative_image_embeds = output.to_tuple()` both work.
@@ -39,16 +42,16 @@ class PriorOutput:
     def to_tuple(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.image_embeds, self.negative_image_embeds
 
-    def keys(self) -> tuple[str, str]:
-        return "image_embeds", "negative_image_embeds"
-
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.keys():
+        if name not in OUTPUTS:
             raise KeyError(name)
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter(OUTPUTS)
+
+    def __len__(self) -> int:
+        return len(OUTPUTS)
 
 
 class TextToImagePrior:
