@@ -39,6 +39,9 @@ HOW = {KILL: "killed", FULL: "disk full"}
 # What may differ between two runs: times and speeds, how much of the work was this run's, and checksums over these.
 VOLATILE = {
     "seconds",
+    "duration",
+    "start_time",
+    "end_time",
     "finished_at",
     "since",
     "pid",
