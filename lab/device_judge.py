@@ -28,7 +28,7 @@ from .shapes import CATEGORIES, VALIDATION, Prompt, World
 from .truth import evaluation_texts
 
 EVALUATED = 400  # prompts of a category and split that `evaluate` may ask and that nothing here is trained or tried on
-STEPS, GUIDANCE = 10, 2.0  # of the card
+STEPS, GUIDANCE = 10, 2.0  # of the card when the levers were tried
 _NOISE = 41
 _READ_AT_ONCE = 16
 

@@ -27,7 +27,7 @@ class Lever:
     longest: int = LENGTHS[-1]
 
 
-BASE = Settings(2000)  # the card's
+BASE = Settings(2000)  # the card's when they were tried
 
 
 def shape(layers: int, heads: int) -> PriorConfig:

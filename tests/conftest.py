@@ -1,4 +1,4 @@
-"""What holds for every test: no cluster but its own; what needs a GPU is skipped elsewhere, with its reason.
+"""What holds for every test: no cluster but its own, Ctrl-C as on a terminal; what needs a GPU is skipped elsewhere.
 
 Such tests say so with `@pytest.mark.cuda`.
 """
@@ -6,6 +6,7 @@ Such tests say so with `@pytest.mark.cuda`.
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -29,3 +30,11 @@ def own_ray_folder() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", folder)
         yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """A shell's job in the background starts with SIGINT ignored, and so would every process that a test starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

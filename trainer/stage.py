@@ -97,4 +97,4 @@ def work(job: TrainJob, on_cpu: bool, quiet: bool, progress: Progress | None = N
             )
     finally:
         products.allow_tf32 = exact
-        torch.set_num_threads(threads)  # a small network takes one; later stages of this process want all
+        torch.set_num_threads(threads)  # a small network takes two; later stages of this process want all

@@ -247,8 +247,6 @@ def test_interrupted_half_way_it_leaves_whole_parts_alone(ws: Workspace) -> None
                 self.interrupted = True
                 os.kill(os.getpid(), signal.SIGINT)
 
-    # A command that was interrupted in this process before leaves the signal ignored until its end.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     embed(ws, QUIET, gpus=0, batch_size=BATCH)
     undisturbed = parts(ws)
     for pieces in (0, 1):
