@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..cache.kmeans import kmeans, nearest
 from ..cache.vectors import chunks
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
 from ..core.progress import Progress
 from ..images.decode import EXTENSIONS, BadPictureError, open_picture, thumbnail
-from .kmeans import kmeans, nearest
 from .neighbours import Vectors, find_across, unit
 
 if TYPE_CHECKING:

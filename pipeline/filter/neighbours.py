@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache.kmeans import depths, kmeans, nearest
 from ..cache.vectors import CHUNK, chunks
 from ..core.progress import Progress
-from .kmeans import depths, kmeans, nearest
 
 EXACT_LIMIT = {"cpu": 65_536, "cuda": 1_000_000}  # pictures up to which every pair is compared
 BLOCK = {"cpu": 2_048, "cuda": 16_384}  # side of one square of the similarity matrix

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from ..cache.kmeans import kmeans, nearest
 from ..cache.vectors import unit
+from ..core.progress import Progress
 
 if TYPE_CHECKING:
     from ..cache.store import Store
 
-ROUNDS = 10
 FEWEST = 3  # rows; smaller clusters show nothing
 
 
@@ -25,15 +27,12 @@ def clusters(store: Store, rows: np.ndarray, count: int) -> list[np.ndarray]:
     rows, embedding = rows[finite], unit(embedding[finite])
     if len(rows) < FEWEST * count:
         return []
-    embedding -= embedding.mean(0)  # what all pictures share says nothing about which are alike
-    centre = embedding[np.random.default_rng(0).choice(len(rows), count, replace=False)]
-    label = np.zeros(len(rows), np.int64)
-    for _ in range(ROUNDS):
-        label = (embedding @ unit(centre).T).argmax(1)
-        member = (label[:, None] == np.arange(count)).astype(np.float32)
-        total, filled = member.T @ embedding, member.any(0)
-        centre[filled] = total[filled]
-    nearness = np.einsum("nd,nd->n", embedding, unit(centre)[label])
+    # What all pictures share says nothing about which are alike.
+    points = torch.from_numpy(unit(embedding - embedding.mean(0)))
+    centre = kmeans(lambda at: points[at], points.dtype, np.arange(len(rows)), count, Progress(quiet=True))
+    label = nearest(points, centre)
+    nearness = (points * centre[label]).sum(1).numpy()
+    label = label.numpy()
     order = np.argsort(-nearness, kind="stable")
     found = [rows[order[label[order] == one]] for one in range(count)]
     return [members for members in found if len(members) >= FEWEST]

@@ -1,4 +1,4 @@
-"""Spherical k-means: lists of pictures and which lie near which; called by neighbours.py and examples.py."""
+"""Spherical k-means over embeddings: lists of rows, and which lie near which. Called by filter and by the pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache.vectors import CHUNK, chunks
 from ..core.progress import Progress
+from .vectors import CHUNK, chunks
 
 ROUNDS = 8
 
