@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from ..lab.truth import planted, row_of
+from ..pipeline.cache.kmeans import kmeans, nearest
 from ..pipeline.cache.store import Store
 from ..pipeline.cache.vectors import chunks
 from ..pipeline.core.progress import Progress
 from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from ..pipeline.filter.dedup import semantic_keepers
-from ..pipeline.filter.kmeans import kmeans, nearest
 from ..pipeline.filter.neighbours import Vectors, find_pairs, unit
 from .results import arguments, hardware, record, table
 
