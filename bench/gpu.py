@@ -244,7 +244,7 @@ SECTIONS: Sequence[tuple[str, Callable[[Report, bool], None], int]] = (
     ("ten steps", show_ten_steps, 60),
     ("step", show_step, 180),
     ("tests", show_tests, 110),
-    ("training", show_training, 90),
+    ("training", show_training, 170),
     ("feed", show_feed, 60),
     ("encoder", show_encoder, 100),
     ("decoders", show_decoders, 80),

@@ -255,17 +255,21 @@ def profile(report: Report, run: Callable[[], None], steps: int = 3) -> None:
 
 def show_training(report: Report, smoke: bool) -> None:
     """`eclipse train` itself on a made cache: rate, utilisation, and what waits for data."""
-    rows, steps = ((8_192, 60) if smoke else (40_960, 400)) if CUDA else (256, 4)
+    rows, steps = ((8_192, 60) if smoke else (40_960, 800)) if CUDA else (256, 4)
     preset, card = "kandinsky22" if CUDA else "tiny", Card.load("coco")
     steps_module.COMPILED_FROM = 0 if CUDA else COMPILED_FROM
-    options = {"steps": steps, "batch_size": 1024 if CUDA else 16, "validate_every": steps, "checkpoint_every": steps}
-    cells = []
-    for name, resident in (("memory-mapped", False), ("resident", True)):
+    sizes = (1024, 4096) if CUDA else (16,)
+    columns = ["eclipse train", "batch", "samples/s", "tokens/s", "MFU", "waiting for data", "seconds, all told"]
+    for batch, (name, resident) in itertools.product(sizes, (("memory-mapped", False), ("resident", True))):
+        count = max(4, steps * sizes[0] // batch)
+        options = {"steps": count, "batch_size": batch, "validate_every": count, "checkpoint_every": count}
         with tempfile.TemporaryDirectory() as scratch:
             dim = PRESETS[preset].embedding_dim
             job = made_job(Path(scratch), rows, dim, preset=preset, card=card, resident=resident, **options)
             found = work(job, not CUDA, True)
         used = found["model_flop_utilisation"]
         rates = [f"{found[key]:,.0f}" for key in ("samples_per_second", "tokens_per_second")]
-        cells.append([name, *rates, "" if used is None else f"{used:.1%}", f"{found['data_wait_share']:.2%}"])
-    report.say(table(["eclipse train", "samples/s", "tokens/s", "MFU", "waiting for data"], cells))
+        share = "" if used is None else f"{used:.1%}"
+        cells = [name, batch, *rates, share, f"{found['data_wait_share']:.2%}", f"{found['seconds']:.0f}"]
+        report.say(table(columns, [cells]) if columns else "| " + " | ".join(map(str, cells)) + " |")
+        columns = []

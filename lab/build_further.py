@@ -50,7 +50,6 @@ REFERENCES = {
     ),
 }
 UNET_RATE, MOVQ_RATE, WARM_UP = 1e-3, 1e-3, 200
-FINAL = 45.0  # seconds kept for the last evaluations and for writing
 MARGIN = 15.0  # seconds before the deadline at which it ends whatever is still missing
 EVERY = 40.0  # seconds between looks at the accuracy of what is in training
 AHEAD = 2  # turns of a training queued on the GPU
@@ -71,6 +70,9 @@ class Sizes:
     slots: int = 4  # levers tried at once
     block: int = BLOCK
     scale: float = 1.0  # of the levers' steps and pictures, for a rehearsal
+    references: tuple[str, ...] = tuple(REFERENCES)
+    chunks: tuple[int, int, int] = (8, 2, 2)  # steps a turn of reference, UNet and MoVQ
+    last: float = 45.0  # seconds kept for writing and for the last evaluations
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Further:
         self.began = time.monotonic()
         self.deadline = self.began + seconds
         # A rehearsal of a minute still has time to train.
-        self.stop = self.deadline - min(FINAL, 0.35 * seconds)
+        self.stop = self.deadline - min(sizes.last, 0.35 * seconds)
         self.device, self.out, self.sizes = device, out, sizes
         out.mkdir(parents=True, exist_ok=True)
         self.log: dict[str, Any] = {"device": device, "torch": torch.__version__, "curves": {}, "levers": {}}
@@ -261,7 +263,7 @@ class Further:
         """Everything that trains throughout."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        for name in REFERENCES:
+        for name in self.sizes.references:
             self._guarded(name, lambda name=name: self._start_reference(name))
         self._guarded("unet", self._start_unet)
         self._guarded("movq", self._start_movq)
@@ -276,19 +278,19 @@ class Further:
         training, started = Training(ensemble, settings, self.pairs.pairs), time.monotonic()
         self.references[name] = ensemble
         step = lambda: training.step(self._progress(started))  # noqa: E731
-        self.turns[name] = Turns(name, step, 8, self._stream(0), lambda: training.losses)
+        self.turns[name] = Turns(name, step, self.sizes.chunks[0], self._stream(0), lambda: training.losses)
 
     def _start_unet(self) -> None:
         step, unet = unet_step(self.examples.examples, self.sizes.unet_batch, self.device)
         self.decoder["unet"] = (step, unet)
         scheduled = self._scheduled(step, UNET_RATE)
-        self.turns["unet"] = Turns("unet", scheduled, 2, self._stream(0), lambda: step.last_loss)
+        self.turns["unet"] = Turns("unet", scheduled, self.sizes.chunks[1], self._stream(0), lambda: step.last_loss)
 
     def _start_movq(self) -> None:
         step = movq_step(self.movq, self.examples.examples, self.examples.pixels, self.sizes.movq_batch)
         self.decoder["movq"] = (step, self.movq)
         scheduled = self._scheduled(step, MOVQ_RATE)
-        self.turns["movq"] = Turns("movq", scheduled, 2, self._stream(0), lambda: step.last_loss)
+        self.turns["movq"] = Turns("movq", scheduled, self.sizes.chunks[2], self._stream(0), lambda: step.last_loss)
 
     def _scheduled(self, step: Step, peak: float) -> Callable[[], None]:
         started, number = time.monotonic(), 0
@@ -420,13 +422,18 @@ class Further:
 
 
 REHEARSAL = Sizes(600, 120, 12, 40, 8, 4, 4, 1, 2, 20, 0.001)
+# No levers, and no second reference: all of the time for what ships.
+SHIPPED = Sizes(600_000, 300_000, 60_000, slots=0, references=("small",), chunks=(16, 8, 4), last=20.0)
 
 
-def further(device: str, processes: int, minutes: float, out: Path) -> None:
+def further(device: str, processes: int, minutes: float, out: Path, *, with_levers: bool = True) -> None:
     """Train for so many minutes, all told, and write weights and figures into `out`. On a CPU: a rehearsal."""
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
-    Further(device, processes, 60 * minutes, out, Sizes() if device == "cuda" else REHEARSAL).run()
+        sizes = Sizes() if with_levers else SHIPPED
+    else:
+        sizes = REHEARSAL if with_levers else replace(REHEARSAL, slots=0, references=SHIPPED.references)
+    Further(device, processes, 60 * minutes, out, sizes).run()
 
 
 def install(folder: Path, models: Path, reference: str) -> None:

@@ -42,6 +42,7 @@ def build(
     device: Annotated[str, typer.Option(help="cpu or cuda; of `further`")] = "cpu",
     processes: Annotated[int, typer.Option(help="that draw; of `further`")] = 2,
     minutes: Annotated[float, typer.Option(help="all told; of `further`")] = 5.0,
+    levers: Annotated[bool, typer.Option(help="of `further`: try them too, beside what ships")] = True,
 ) -> None:
     """Build one model or all. A step that was interrupted goes on from its last checkpoint."""
     if step not in (*STEPS, "all", "further", "install"):
@@ -50,7 +51,7 @@ def build(
     if step == "further":
         from .build_further import further
 
-        further(device, processes, minutes, folder)
+        further(device, processes, minutes, folder, with_levers=levers)
         return
     if step == "install":
         from .build_further import install
