@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -90,6 +90,21 @@ def picture_noise(shape: Sequence[int], generators: Sequence[torch.Generator], l
     """Standard normal noise (B, *shape) from one CPU generator a picture, so that devices and batches agree."""
     noise = [torch.randn(tuple(shape), generator=generator) for generator in generators]
     return torch.stack(noise).to(device=like.device, dtype=like.dtype)
+
+
+def step_in_float32(scheduler: Any) -> None:
+    """Have a diffusers scheduler compute and draw its noise in float32, whatever the networks' dtype.
+
+    It draws in the dtype that it is given, and not every version of torch draws the same numbers in half precision.
+    """
+    given = scheduler.step
+
+    def step(predicted: torch.Tensor, t: Any, x: torch.Tensor, **options: Any) -> Any:
+        found = given(predicted.float(), t, x.float(), **options)
+        found.prev_sample = found.prev_sample.to(x.dtype)
+        return found
+
+    scheduler.step = step
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:

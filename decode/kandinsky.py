@@ -11,7 +11,7 @@ import torch
 from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError, UsageError
 from ..pipeline.core.sections import Scheduler
-from .decoder import Unconditional, generators_of, pictures_at_once
+from .decoder import Unconditional, generators_of, picture_noise, pictures_at_once, step_in_float32
 from .weights import from_pretrained, quiet_diffusers
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class KandinskyDecoder:
         self.negative = negative
         self.width, self.height = size
         self.embedding_dim = int(pipe.unet.config.encoder_hid_dim)
+        step_in_float32(pipe.scheduler)
         self.batch_size = pictures_at_once(round((self.width * self.height) ** 0.5), device)
         require_size(size, len(pipe.movq.config.block_out_channels))
         if negative.numel() != self.embedding_dim:
@@ -81,7 +82,9 @@ class KandinskyDecoder:
         captions: TextFeatures | None = None,
     ) -> list[Image.Image]:
         """See `Decoder.decode`; this decoder never sees the text."""
-        embedding = image_embedding.to(self.negative)
+        embedding, generators = image_embedding.to(self.negative), generators_of(seeds)
+        reduction = 2 ** (len(self.pipe.movq.config.block_out_channels) - 1)
+        shape = self.pipe.unet.config.in_channels, self.height // reduction, self.width // reduction
         return self.pipe(
             image_embeds=embedding,
             negative_image_embeds=self.negative.expand_as(embedding),
@@ -89,7 +92,8 @@ class KandinskyDecoder:
             width=self.width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generator=generators_of(seeds),
+            latents=picture_noise(shape, generators, like=embedding),
+            generator=generators,
         ).images
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..pipeline.cache.packed_text import TextFeatures
 from ..pipeline.core.errors import EclipseError, UsageError
-from .decoder import Unconditional, generators_of, picture_noise, pictures_at_once
+from .decoder import Unconditional, generators_of, picture_noise, pictures_at_once, step_in_float32
 from .weights import from_pretrained, quiet_diffusers
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class KarloDecoder:
         self.device = device
         self.embedding_dim = int(parts.text_proj.config["clip_embeddings_dim"])
         self.image_size = int(parts.super_res_first.config.sample_size)
+        for scheduler in (parts.decoder_scheduler, parts.super_res_scheduler):
+            step_in_float32(scheduler)
         self.batch_size = pictures_at_once(self.image_size, device)
         if empty.embedding.shape[1] != self.embedding_dim:
             raise EclipseError(
@@ -184,19 +186,23 @@ class KarloDecoder:
                 noise, variance = with_text.split(channels, dim=1)
                 without = without[:, :channels]
                 predicted = torch.cat([without + guidance_scale * (noise - without), variance], dim=1)
-            x = denoised(parts.decoder_scheduler, predicted, t, before, x, generators)
+            step = parts.decoder_scheduler.step(predicted, t, x, prev_timestep=before, generator=generators)
+            x = step.prev_sample
         return x.clamp(-1, 1)
 
     def _enlarge(self, small: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Super-resolution in 7 steps, the last by a network of its own."""
         parts, size = self.parts, self.image_size
-        upscaled = F.interpolate(small, size=[size, size], mode="bicubic", align_corners=False, antialias=True)
+        # In float32, since CPUs resize in no other precision.
+        options = {"size": [size, size], "mode": "bicubic", "align_corners": False, "antialias": True}
+        upscaled = F.interpolate(small.float(), **options).to(small.dtype)
         x = picture_noise(upscaled.shape[1:], generators, like=small)
         schedule = _timesteps(parts.super_res_scheduler, SUPER_RESOLUTION_STEPS, x.device)
         for i, (t, before) in enumerate(schedule):
             unet = parts.super_res_last if i == len(schedule) - 1 else parts.super_res_first
             predicted = unet(sample=torch.cat([x, upscaled], dim=1), timestep=t).sample
-            x = denoised(parts.super_res_scheduler, predicted, t, before, x, generators)
+            step = parts.super_res_scheduler.step(predicted, t, x, prev_timestep=before, generator=generators)
+            x = step.prev_sample
         return x
 
 
@@ -205,16 +211,6 @@ def _timesteps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[T
     scheduler.set_timesteps(steps, device=device)
     times = list(scheduler.timesteps)
     return list(zip(times, [*times[1:], None], strict=True))
-
-
-def denoised(
-    scheduler: Any, predicted: Tensor, t: Tensor, before: Tensor | None, x: Tensor, generators: list[torch.Generator]
-) -> Tensor:
-    """In float32, whatever the networks' dtype: the scheduler draws noise in the dtype that it is given, and not every
-    version of torch draws the same numbers in half precision.
-    """
-    step = scheduler.step(predicted.float(), t, x.float(), prev_timestep=before, generator=generators)
-    return step.prev_sample.to(x.dtype)
 
 
 def _pictures(x: Tensor) -> list[Image.Image]:

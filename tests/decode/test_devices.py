@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,27 @@ def test_every_tensor_is_on_the_device(root: Path, monkeypatch: pytest.MonkeyPat
         pretended = prompts_to_pictures(root, "cuda")
     for kind, pictures in plain.items():
         assert np.abs(pictures - pretended[kind]).max() <= 1, kind
+
+
+def test_noise_is_drawn_in_float32_where_networks_are_of_half_precision(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some versions of torch draw other numbers in half precision: an H200's Kandinsky pictures were others by that."""
+    plain = prompts_to_pictures(root, "cpu")
+    monkeypatch.setattr(torch.Tensor, "half", torch.Tensor.bfloat16)
+    monkeypatch.setattr(torch, "float16", torch.bfloat16)  # which a CPU can convolve
+    drawn, real = [], torch.randn
+
+    def randn(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(options.get("dtype") or torch.float32)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    with pretend_gpu(monkeypatch):
+        halved = prompts_to_pictures(root, "cuda")
+    assert len(drawn) > 2 * len(SEEDS) and set(drawn) == {torch.float32}
+    for kind, pictures in plain.items():
+        assert np.abs(pictures - halved[kind]).mean() < 8, kind
 
 
 def test_the_pretended_gpu_refuses_a_mix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from eclipse.decode.decoder import Unconditional, load_decoder
-from eclipse.decode.karlo import KarloDecoder, UnCLIPTextProjModel, denoised
+from eclipse.decode.karlo import KarloDecoder, UnCLIPTextProjModel
 from eclipse.pipeline.cache.packed_text import TextFeatures
 from eclipse.pipeline.core.errors import UsageError
 from tiny_decoders import save_tiny_karlo
@@ -168,26 +167,3 @@ def test_options_that_cannot_work_are_refused(path: Path, decoder: KarloDecoder)
         load_decoder("karlo", str(path), unconditional=blank, scheduler="ddim")
     with pytest.raises(UsageError, match="1 decoder steps"):
         decoder.decode(EMBEDDING, seeds=SEEDS, steps=1, guidance_scale=4.0)
-
-
-def test_noise_between_steps_is_that_of_float32_in_half_precision_too(
-    decoder: KarloDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU's networks are float16, and torch's draws in float16 have not always been those of float32."""
-    drawn: list[torch.dtype | None] = []
-    real = torch.randn
-
-    def randn(*args: Any, **options: Any) -> torch.Tensor:
-        drawn.append(options.get("dtype"))
-        return real(*args, **options)
-
-    monkeypatch.setattr(torch, "randn", randn)
-    scheduler = decoder.parts.decoder_scheduler
-    scheduler.set_timesteps(3)
-    predicted, x = torch.randn(1, 6, 4, 4).half(), torch.randn(1, 3, 4, 4).half()
-    drawn.clear()
-    times, made = scheduler.timesteps, torch.Generator
-    half = denoised(scheduler, predicted, times[0], times[1], x, [made().manual_seed(1)])
-    full = denoised(scheduler, predicted.float(), times[0], times[1], x.float(), [made().manual_seed(1)])
-    assert drawn == [torch.float32, torch.float32]
-    assert half.dtype == torch.float16 and torch.equal(half, full.half())
