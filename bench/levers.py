@@ -1,6 +1,7 @@
-"""The levers of the embedded card's prior, and what training on gives: a table of what `build_models further` measured.
+"""The levers of the embedded card's prior, and what training on gives: tables of what `build_models further` measured.
 
-The figures lie in lab/models/further.json, as that run wrote them on a GPU; this only lays them out.
+The figures lie in bench/levers.json and lab/models/further.json, as two such runs wrote them on a GPU; this only lays
+them out.
 Run: python -m eclipse.bench.levers
 """
 
@@ -17,19 +18,20 @@ from ..lab.levers import PICTURES, SEEDS
 from ..pipeline.core.card import MODELS
 from .results import arguments, record, table
 
-FIGURES = MODELS / "further.json"
+LEVERS, FURTHER = Path(__file__).with_name("levers.json"), MODELS / "further.json"
 TITLE = "Levers of the five-minute prior"
 
 
 def main() -> None:
-    options = arguments(__doc__)
-    options.add_argument("--figures", type=Path, default=FIGURES, help="what `build_models further` wrote")
-    chosen = options.parse_args()
-    found: dict[str, Any] = json.loads(chosen.figures.read_text(encoding="utf-8"))
+    chosen = arguments(__doc__).parse_args()
+    found, further = (json.loads(path.read_text(encoding="utf-8")) for path in (LEVERS, FURTHER))
     base = found["levers"]["base"]
     rows = [_lever(name, seeds, base) for name, seeds in found["levers"].items()]
     columns = ["lever", "seen", "unseen", "against base, seen", *CATEGORIES]
-    reference = [[name, *_point(found["curves"][name][-1])] for name in _curve(found["curves"])]
+    reference = [[name, *_point(found["curves"][name][-1])] for name in _by_steps(found["curves"])]
+    curves = further["curves"]
+    names = [*_by_steps(curves), *(n for n in curves if n.startswith("end: ") and "guidance" not in n)]
+    shipped = [[name.replace("shipped decoder", "decoder before it"), *_point(curves[name][-1])] for name in names]
     body = "\n\n".join([
         "Base: preset `tiny`, 2,000 steps of 64, Muon at 6e-3, λ 0.2, EMA 0.98, "
         f"{PICTURES:,} pictures of up to five captions. Mean ± standard deviation over seeds "
@@ -38,11 +40,13 @@ def main() -> None:
         "`eclipse evaluate`, and none is a caption of the training.",
         table(columns, rows),
         "Two larger priors, `small` (4 layers of width 256) and `deep` (8 of 192, λ 0.05), 1,024 pairs a step, on "
-        "scenes drawn while they trained, at so many steps under the shipped decoder. The last rows are after "
-        f"{found['trained']['small']:,} steps; their *new decoder* is a UNet trained {found['trained']['unet']:,} "
-        "steps further, which does not ship, with the MoVQ that does.",
-        table(["prior, steps or decoder", "seen", "unseen", *CATEGORIES], reference),
-    ])  # fmt: skip
+        "scenes drawn while they trained, at so many steps under the same decoder.",
+        table(["prior and steps", "seen", "unseen", *CATEGORIES], reference),
+        f"What ships was trained in a run of its own, {further['seconds']:.0f} s on one {further['device']}: `small` "
+        f"for {further['trained']['small']:,} steps, and the decoder's UNet and MoVQ further, "
+        f"{further['trained']['unet']:,} and {further['trained']['movq']:,} steps. At a guidance scale of 2:",
+        table(["prior and steps, or decoder", "seen", "unseen", *CATEGORIES], shipped),
+        ])  # fmt: skip
     settings = {
         "prompts per category and split": found["prompts"],
         "scenes drawn": f"{found['scenes'][0]:,}",
@@ -63,10 +67,9 @@ def _lever(name: str, seeds: dict[str, Any], base: dict[str, Any]) -> list[str]:
     return [name, *means, f"{gain:+.3f}", *(f"{of(seeds, c, 'seen').mean():.2f}" for c in CATEGORIES)]
 
 
-def _curve(curves: dict[str, Any]) -> list[str]:
-    """Points of the reference priors by steps, then the end under both decoders."""
-    steps = sorted((n for n in curves if " at " in n), key=lambda n: (n.split(" at ")[0], int(n.split(" at ")[1])))
-    return [*steps, *(n for n in curves if n.startswith("end: "))]
+def _by_steps(curves: dict[str, Any]) -> list[str]:
+    """Points of the reference priors by steps."""
+    return sorted((n for n in curves if " at " in n), key=lambda n: (n.split(" at ")[0], int(n.split(" at ")[1])))
 
 
 def _point(found: dict[str, dict[str, float]]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 import traceback
@@ -143,7 +144,9 @@ class Further:
         self.stop = self.deadline - min(sizes.last, 0.35 * seconds)
         self.device, self.out, self.sizes = device, out, sizes
         out.mkdir(parents=True, exist_ok=True)
-        self.log: dict[str, Any] = {"device": device, "torch": torch.__version__, "curves": {}, "levers": {}}
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        self.log: dict[str, Any] = {"device": name, "torch": torch.__version__, "curves": {}, "levers": {}}
+        self.log["prompts"] = sizes.prompts
         world = World()
         self.prompts = validation_prompts(world, sizes.prompts)
         texts = evaluation_texts(world, EVALUATED) | {p.text for p in self.prompts}
@@ -230,7 +233,7 @@ class Further:
         self.log["seconds"] = round(time.monotonic() - self.began, 1)
         self.log["scenes"] = [self.pairs.pictures, self.examples.pictures, self.examples.retold]
         self.log["pairs"] = self.pairs.counts
-        (self.out / "further.json").write_text(json.dumps(self.log, indent=1))
+        (self.out / "further.json").write_text(json.dumps(self.log))
 
     def _guarded(self, name: str, part: Callable[[], None]) -> None:
         """Run a part; one that fails must not cost the others their time."""
@@ -437,7 +440,10 @@ def further(device: str, processes: int, minutes: float, out: Path, *, with_leve
 
 
 def install(folder: Path, models: Path, reference: str) -> None:
-    """Put what `further` wrote into the shipped models: a reference prior, and the decoder's parts that are there."""
+    """Put what `further` wrote into the shipped models: a reference prior, the decoder's parts that are there, and the
+    figures of that training.
+    """
+    shutil.copyfile(folder / "further.json", models / "further.json")
     prior = Prior(REFERENCES[reference][0])
     weights = load_file(folder / f"reference-{reference}.safetensors")
     prior.load_state_dict({name: x.float() for name, x in weights.items()})

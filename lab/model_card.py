@@ -28,6 +28,7 @@ from .shapes import CATEGORIES, Prompt, Scene, World
 
 ORACLE_TARGETS = {"color": 0.95, "shape": 0.95, "texture": 0.95, "spatial": 0.90, "numeracy": 0.90}
 SCENES_A_MEAN = 24
+MOVQ_BEFORE = 986  # steps on a GPU before those of further.json
 TRAINED = ("clip", "movq", "refine", "unet", "unet-further", "unet-wide", "unet-crowded")  # whose logs the card quotes
 Accuracies = dict[str, float]  # by category
 
@@ -151,6 +152,8 @@ def write_model_card(folder: Path, models: Path, card: Card, each: int, progress
         prior_parameters=sum(p.numel() for p in load_prior(models / "prior").parameters()),
         prior_batch=build_further.REFERENCES["small"][1].batch_size,
         movq_batch=build_further.Sizes.movq_batch,
+        movq_before=MOVQ_BEFORE,
+        unet_batch=build_further.Sizes.unet_batch,
     )
     with atomic_path(models / "MODEL_CARD.md") as beside:
         beside.write_text(text.rstrip() + "\n", encoding="utf-8")

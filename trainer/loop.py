@@ -42,6 +42,7 @@ def fit(job: TrainJob, world: DistEnv, progress: Progress) -> dict[str, Any]:
         steps, pace, sound = open_steps(run, stop), Pace(run.prior.config, world), False
         while run.step < options.steps:
             batch = next(batches)
+            pace.begins()
             done = steps.take(batch)
             pace.took(batch, batches.wait_seconds)
             last = run.step == options.steps
@@ -52,15 +53,15 @@ def fit(job: TrainJob, world: DistEnv, progress: Progress) -> dict[str, Any]:
             for each in done:
                 log.add("train", each.step, each.figures)
                 task.advance(failures=int(each.figures["skipped"]))
-            with pace.away():
-                if (measures or keeps) and not sound:
-                    sound = pages_are_sound(run, check, stop)
-                if measures and sound:
-                    validate(run, log)
-                if keeps:
-                    log.flush()
-                    if world.is_main and sound:
-                        run.save()
+            if measures or keeps:
+                with pace.away():
+                    sound = sound or pages_are_sound(run, check, stop)
+                    if measures and sound:
+                        validate(run, log)
+                    if keeps:
+                        log.flush()
+                        if world.is_main and sound:
+                            run.save()
             if pace.is_news():
                 task.describe(f"{log.summary()}, {pace}")
             if steps.stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,21 +49,69 @@ def peak_flops(device: torch.device) -> float | None:
     return 2 * MEASURED**3 / best
 
 
+class Idleness:
+    """How long a GPU had nothing to do between one step and the next, by its own clock; nobody waits for it.
+
+    The host of a GPU queues a step while the one before runs: what it spends on a batch says nothing about the device.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None  # the end of the step before
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # end of a step, start of the next
+        self._seconds = 0.0
+
+    def begins(self) -> None:
+        """A step is about to be queued; what it has to wait for, its batch's copies, is queued already."""
+        if self._last is not None:
+            self._pairs.append((self._last, _mark()))
+
+    def ends(self) -> None:
+        """The step is queued."""
+        self._last = _mark()
+
+    def forget(self) -> None:
+        """What comes before the next step is no gap between steps."""
+        self._last = None
+
+    def seconds(self) -> float:
+        """Of all gaps that are over."""
+        while self._pairs and self._pairs[0][1].query():
+            end, start = self._pairs.popleft()
+            self._seconds += end.elapsed_time(start) / 1000
+        return self._seconds
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Pace:
     """Counts from the first batch on, and not while the loop is away to validate, verify or save.
 
-    Rates are those of all processes together, by this process's share; utilisation is a device's own.
+    Rates are those of all processes together, by this process's share; utilisation is a device's own. Waiting for data
+    is what the host waits on a CPU, and how long the device is idle between steps on a GPU.
     """
 
     def __init__(self, config: PriorConfig, world: DistEnv) -> None:
         self._config, self._world, self._peak = config, world, peak_flops(world.device)
+        self._idle = Idleness() if world.device.type == "cuda" else None
         self._began = self._said = time.monotonic()
         self._first: tuple[float, float] | None = None  # when the first step was under way, and what it had waited
         self._waited = self._away = 0.0
         self._samples = self._tokens = 0
 
+    def begins(self) -> None:
+        """The next batch is here."""
+        if self._idle is not None:
+            self._idle.begins()
+
     def took(self, batch: Batch, wait_seconds: float) -> None:
         """A step on this batch is under way; wait_seconds: what was spent in waiting for batches so far."""
+        if self._idle is not None:
+            self._idle.ends()
+            wait_seconds = self._idle.seconds()
         if self._first is None:
             self._first = time.monotonic(), wait_seconds
             return
@@ -75,6 +124,8 @@ class Pace:
         """Around what is no training."""
         began = time.monotonic()
         yield
+        if self._idle is not None:
+            self._idle.forget()
         if self._first is not None:
             self._away += time.monotonic() - began
 
