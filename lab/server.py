@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..pipeline.core.source import ShapesSource
 from ..pipeline.core.workspace import Workspace
 from ..pipeline.download.url_list import UrlList
 from .drawing import draw
-from .shapes import World
+from .shapes import Scene, Split, World
 from .truth import Planted, captions_of, evaluation_texts, planted
 
 HOST = "127.0.0.1"
@@ -209,6 +209,18 @@ def _listen(port: int) -> socket.socket:
     return listening
 
 
+class _ListedWorld(World):
+    """Keeps its scenes, which are told when the list is made and drawn when they are asked for: some 2 KB each."""
+
+    def scene(self, index: int, split: Split = "train") -> Scene:
+        return _scene(self, index, split)
+
+
+@cache
+def _scene(world: World, index: int, split: Split) -> Scene:
+    return World.scene(world, index, split)
+
+
 def write_list(path: Path, world: World, plan: list[Planted], captions: int, port: int) -> None:
     """The list as Parquet, whole or not at all: a row for each caption, at most `captions` of a picture."""
     without = evaluation_texts(world) if captions > 1 else set[str]()  # lists of one caption stay as they always were
@@ -233,7 +245,7 @@ def main() -> None:
         taken = int((pq.read_schema(path).metadata or {})[_PORT_KEY]) if path.exists() else f"{PORTS}"
         print(json.dumps({"taken": taken}), flush=True)
         return
-    world = World(order["seed"], order["held_out"])
+    world = _ListedWorld(order["seed"], order["held_out"])
     plan = planted(order["seed"], order["rows"])
     port = listening.getsockname()[1]
     if is_new:
