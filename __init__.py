@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import load, open
 
-__all__ = ["load", "open"]
+    __version__: str
+
+__all__ = ["__version__", "load", "open"]
 
 
 def __getattr__(name: str) -> Any:
     """PEP 562: torch, polars and the rest are imported by the first use, not by `import eclipse`."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("eclipse-prior")
+        except PackageNotFoundError:  # a tree that is only on the path, as on a machine of a cluster
+            return "0+not.installed"
     if name in __all__:
         from . import api
 

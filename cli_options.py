@@ -27,9 +27,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from . import __version__
 
-        print(f"eclipse {version('eclipse-prior')}")
+        print(f"eclipse {__version__}")
         raise typer.Exit()
 
 

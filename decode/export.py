@@ -13,12 +13,12 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from .. import __version__
 from ..pipeline.core.card import MODELS, STAGES, Card, resolve
 from ..pipeline.core.card_file import CARD_NAME
 from ..pipeline.core.errors import EclipseError, UsageError
@@ -155,7 +155,7 @@ def describe(ws: Workspace, embedding_dim: int, *, public: bool) -> dict[str, An
     states = {stage: ws.stage(stage).finished for stage in STAGES}
     return {
         "format": FORMAT,
-        "made_by": f"eclipse {metadata.version('eclipse-prior')}",
+        "made_by": f"eclipse {__version__}",
         "name": card["name"],
         "encoder": {
             "model": encoder["model"],

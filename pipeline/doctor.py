@@ -11,11 +11,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .core import hub
 from .core.card import STAGES, Card, resolve
 from .core.card_file import CARD_NAME, card_names
@@ -91,7 +91,7 @@ def _installation() -> Iterator[dict[str, str]]:
     yield check(
         "note" if version >= (3, 13) else "ok", "Python", platform.python_version(), newer * (version >= (3, 13))
     )
-    yield check("ok", DISTRIBUTION, metadata.version(DISTRIBUTION))
+    yield check("ok", DISTRIBUTION, __version__)
     for extra, (modules, what) in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         found = f"without {', '.join(missing)}" if missing else what

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.robotparser import RobotFileParser
 
@@ -25,6 +24,7 @@ import aiohttp
 from aiohttp.http_exceptions import ContentEncodingError
 from yarl import URL
 
+from ... import __version__
 from .addresses import Addresses, PrivateAddressError
 from .crowd import Crowd
 from .outage import Outage
@@ -67,11 +67,7 @@ def is_transient(reason: str) -> bool:
 
 def user_agent(contact: str | None) -> str:
     """Who asks, and whom to write to."""
-    try:
-        number = version("eclipse-prior")
-    except PackageNotFoundError:
-        number = "0"
-    return f"eclipse-prior/{number} (img2dataset; {f'+{contact}' if contact else 'no contact given'})"
+    return f"eclipse-prior/{__version__} (img2dataset; {f'+{contact}' if contact else 'no contact given'})"
 
 
 @dataclass(frozen=True)

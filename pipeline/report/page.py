@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,8 @@ def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **con
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from ... import __version__
+
     environment = Environment(
         loader=FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
@@ -44,7 +45,7 @@ def write_page(path: Path, template: str, *, folders: Iterable[Path] = (), **con
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    text = environment.get_template(template).render(version=metadata.version("eclipse-prior"), **context)
+    text = environment.get_template(template).render(version=__version__, **context)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
