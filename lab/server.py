@@ -141,7 +141,7 @@ def near_copy(picture: np.ndarray, rng: np.random.Generator) -> bytes:
 
 
 class _Connection(asyncio.Protocol):
-    """Answers one GET and closes, which is how img2dataset asks."""
+    """Answers one GET after the other; closes behind a fault, and where the client asks for it."""
 
     def __init__(self, pictures: Pictures) -> None:
         self._pictures = pictures
@@ -153,9 +153,11 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if b"\r\n\r\n" in self._received:
-            self._answer(self._received.split(b" ", 2)[1].decode("latin-1"))
-        elif len(self._received) > 1 << 16:
+        while b"\r\n\r\n" in self._received and not self._transport.is_closing():
+            head, _, self._received = self._received.partition(b"\r\n\r\n")
+            self._last = b"HTTP/1.1" not in head or b"connection: close" in head.lower()
+            self._answer(head.split(b" ", 2)[1].decode("latin-1"))
+        if len(self._received) > 1 << 16:
             self._transport.abort()
 
     def _answer(self, path: str) -> None:
@@ -173,11 +175,12 @@ class _Connection(asyncio.Protocol):
             self._send(self._pictures.encoded(row), "200 OK", kind, fault=entry.fault)
 
     def _send(self, body: bytes, status: str, kind: str, *, fault: str | None = None) -> None:
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        last = "Connection: close\r\n" if self._last or fault else ""
+        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{last}\r\n"
         self._transport.write(head.encode() + (body[: len(body) // 2] if fault else body))
         if fault == "stall":
             asyncio.get_running_loop().call_later(STALL_S, self._transport.abort)
-        else:
+        elif last:
             self._transport.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import queue
 import socket
@@ -118,6 +119,22 @@ def test_every_kind_of_row_is_served_as_planned(tmp_path: Path):
             get(table["url"][0].rpartition("/")[0] + "/../etc/passwd")
     with pytest.raises(ConnectionRefusedError):  # it stops with the block
         socket.create_connection(("127.0.0.1", int(table["url"][0].split(":")[2].partition("/")[0])))
+
+
+def test_a_connection_is_kept_for_the_next_picture_until_the_client_has_enough(tmp_path: Path):
+    clean = [entry.path for entry in PLAN if entry.kind == "clean"][:3]
+    with serve(workspace(tmp_path / "ws")) as urls:
+        port = int(pq.read_table(urls.paths[0])["url"][0].as_py().split(":")[2].partition("/")[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        held = None
+        for path in clean[:2]:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert answer.status == 200 and Image.open(io.BytesIO(answer.read())).size == (64, 64)
+            held = held or connection.sock
+            assert held is not None and connection.sock is held
+        connection.request("GET", clean[2], headers={"Connection": "close"})
+        assert connection.getresponse().read() and connection.sock is None
 
 
 def test_a_picture_has_several_captions_all_true_and_none_that_is_asked_of_a_prior(tmp_path: Path):
