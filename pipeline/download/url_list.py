@@ -310,6 +310,8 @@ def _decoded(value: Any) -> str | None:
         return ""
     try:
         text = value.decode() if isinstance(value, bytes) else str(value)
+        if text.isascii():
+            return text
         # JSON may hold lone surrogates (\\ud800), which no file can; stray bytes come as \\udc80 to \\udcff.
         if any("\udc80" <= char <= "\udcff" for char in text):
             return None

@@ -77,12 +77,16 @@ class TarShard:
         return read_shard(self.address, self.caption_key)
 
     def files(self, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+        left = set(keys)
         try:
             with opened(self.address) as (source, _), tarfile.open(fileobj=source) as tar:
-                for member in tar:
+                for member in tar if left else ():
                     key, extension = _split(member.name)
-                    if key in keys and extension in EXTENSIONS and (file := tar.extractfile(member)):
+                    if key in left and extension in EXTENSIONS and (file := tar.extractfile(member)):
                         yield key, file.read()
+                        left.remove(key)
+                        if not left:
+                            return
         except (OSError, tarfile.TarError):
             return
 

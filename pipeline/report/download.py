@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HOST = r"^https?://(?P<host>[^/?#]+)"  # with its port: two servers of one machine are two
 HOSTS, REASONS = 20, 4  # hosts listed, and reasons named of each
+SHARDS_SHOWN = 4  # whose pictures are shown at random
 
 
 def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
@@ -32,9 +33,10 @@ def download_page(ws: Workspace, rejected: dict[str, int]) -> Path:
     side = np.minimum(table["width"].to_numpy(), table["height"].to_numpy()).astype(np.float64)
     original = np.minimum(table["original_width"].to_numpy(), table["original_height"].to_numpy()).astype(np.float64)
     inputs = len(table) + sum(rejected.values())
-    some = some_of(np.arange(len(table))).tolist()
     keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
     shards = [int(shard) for shard in table["shard"].to_pylist()]
+    few = some_of(np.unique(shards), SHARDS_SHOWN)  # a tar is read from its start to the picture
+    some = some_of(np.flatnonzero(np.isin(shards, few))).tolist()
     files = dict(picture_files(shards_of(ws), ((shards[i], keys[i]) for i in some)))
     return stage_page(
         ws,
