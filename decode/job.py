@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..pipeline.core import hub
 from ..pipeline.core.card import resolve
 from ..pipeline.core.errors import EclipseError, UsageError
+from ..pipeline.core.files import file_sha256
 from ..pipeline.core.registry import find
 from ..pipeline.core.sections import MAX_DENOISING_STEPS, MAX_IMAGE_SIZE, Scheduler
 from .layouts import DEFAULT_SAMPLES, Picture, beside, plan, slug
@@ -216,8 +217,7 @@ def prior_identity(prior: str) -> str:
     if prior == TEXT_PRIOR or not (path.is_absolute() or path.is_dir()):
         return prior
     try:
-        with (path / WEIGHTS).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        return file_sha256(path / WEIGHTS)[:16]
     except OSError as error:
         raise EclipseError(
             f"there is no prior: {error.strerror}",

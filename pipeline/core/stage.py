@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from .card import BUILT_ON, Card, differences, digest, lineage
 from .card_file import renamed
 from .errors import EclipseError
-from .files import remove, sealed, unsealed, write_json
+from .files import file_sha256, remove, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -169,7 +169,7 @@ class Stage:
                 return f"{path} is gone"
             if path.stat().st_size != size:
                 return f"{path} is of another size"
-            if thorough and name in state.sha256 and _sha256(path) != state.sha256[name]:
+            if thorough and name in state.sha256 and file_sha256(path) != state.sha256[name]:
                 return f"{path} has other content"
         return None
 
@@ -376,7 +376,7 @@ class Stage:
         sha256, left = {}, DIGESTED_BYTES
         for name, size in files.items():
             if size <= left:
-                sha256[name], left = _sha256(self.ws.root / name), left - size
+                sha256[name], left = file_sha256(self.ws.root / name), left - size
         return files, sha256
 
     def replaced(self) -> list[tuple[Path, Path]]:
@@ -427,8 +427,3 @@ def settle(ws: Workspace, name: str, *, keep_new: bool = False) -> None:
 def _fingerprint(card: str, options: Mapping[str, Any]) -> str:
     """Of a card's fingerprint and the options that stand in for some of its keys."""
     return hashlib.sha256(json.dumps([card, options], sort_keys=True).encode()).hexdigest() if options else card
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,8 @@
 
 It takes minutes at a million rows and does not depend on the rules, so it is found once, over all sound rows, and kept
 in logs/filter/ with the identity of the embeddings it was found in: filtering again under other rules takes seconds.
-Those files can be made again at any time; one that is missing, unreadable or of other embeddings is.
+Those files can be made again at any time; one that is missing, of other embeddings, or not as it was written is. A
+SHA-256 beside each says so of all its bytes: the checksums of Parquet's pages leave out the names and figures around.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from ..cache.parquet_map import find_page, map_file
 from ..cache.vectors import chunks, codes, unit
-from ..core.files import atomic_path
+from ..core.files import atomic_path, file_sha256
 from ..core.progress import Progress
 from ..images.shards import ImageShard, small_pictures
 from . import caption_mismatch
@@ -275,10 +276,9 @@ class Evidence:
 
     def near_misses(self, most: int) -> list[tuple[int, int, float]]:
         """Pairs of rows whose pictures, laid over each other, just failed, and their correlation; likest first."""
-        try:
-            alike = self._alike(pq.read_table(self.folder / "near.parquet"))
-        except (OSError, pa.ArrowException, KeyError, TypeError):
+        if (kept := self._read("near")) is None:
             return []
+        alike = self._alike(kept)
         failed = np.flatnonzero(alike.overlay < alike.overlay_limit)
         failed = failed[np.argsort(-alike.overlay[failed], kind="stable")[:most]]
         rows = (self.row_of_picture[side[failed]].tolist() for side in (alike.pairs.i, alike.pairs.j))
@@ -321,21 +321,31 @@ class Evidence:
         enough: Callable[[dict[str, Any]], bool] = lambda known: True,
     ) -> pa.Table:
         """The table kept under this name, if it is of this store and good `enough`; else made, and kept."""
-        try:
-            table = pq.read_table(self.folder / f"{name}.parquet", page_checksum_verification=True)
-            metadata = table.schema.metadata or {}
-            if metadata.get(b"identity") == self._stamp() and enough(json.loads(metadata.get(b"about", b"{}"))):
-                return table
-        except (OSError, pa.ArrowException, ValueError, KeyError):
-            pass
+        kept = self._read(name)
+        if kept is not None and enough(json.loads(kept.schema.metadata.get(b"about", b"{}"))):
+            return kept
         table = make()
         self._write(name, table)
         return table
 
+    def _read(self, name: str) -> pa.Table | None:
+        """The table kept under this name; None if there is none of this store, as it was written."""
+        path = self.folder / f"{name}.parquet"
+        try:
+            if path.with_suffix(".sha256").read_text() != file_sha256(path):
+                return None
+            table = pq.read_table(path)
+        except (OSError, ValueError, pa.ArrowException):
+            return None
+        return table if (table.schema.metadata or {}).get(b"identity") == self._stamp() else None
+
     def _write(self, name: str, table: pa.Table) -> None:
         stamped = table.replace_schema_metadata({**(table.schema.metadata or {}), b"identity": self._stamp()})
-        with atomic_path(self.folder / f"{name}.parquet") as temporary:
-            pq.write_table(stamped, temporary, compression="zstd", write_page_checksum=True)
+        path = self.folder / f"{name}.parquet"
+        with atomic_path(path) as temporary:
+            pq.write_table(stamped, temporary, compression="zstd")
+        with atomic_path(path.with_suffix(".sha256")) as temporary:  # killed before it, the table is made once more
+            temporary.write_text(file_sha256(path))
 
     def _stamp(self) -> bytes:
         return f"{FORMAT} {self.identity}".encode()

@@ -358,6 +358,22 @@ def test_filtering_again_searches_nothing_and_asks_no_picture_twice(
         filter_cache(ws, QUIET, overwrite=True)
 
 
+def test_kept_evidence_with_one_bit_turned_is_found_again(tmp_path: Path) -> None:
+    """Names and figures around the pages too, which no checksum of Parquet covers."""
+    table, _ = synthetic_cache.plant()
+    ws = synthetic_cache.write(tmp_path / "ws", table)
+    whole = filter_cache(ws, QUIET)
+    verdicts, kept = ws.selection.read_bytes(), ws.logs / "filter"
+    for name, word in (("near", b"concordance"), ("near", b'"overlay_limit": '), ("captions", b'"separation": ')):
+        data = (kept / f"{name}.parquet").read_bytes()
+        at = data.rindex(word) + len(word) - (1 if word.isalpha() else 0)
+        (kept / f"{name}.parquet").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        again = filter_cache(ws, QUIET, overwrite=True)
+        volatile = {"seconds": None}
+        assert again | volatile == whole | volatile and ws.selection.read_bytes() == verdicts, word
+        assert (kept / f"{name}.parquet").read_bytes() == data, word
+
+
 def test_the_selection_explains_itself_and_why_tells_the_story(tmp_path: Path) -> None:
     maker, table = Maker(1), small(60)
     table += [maker.like(table[5], 60, embedding=0.05, grey=2)]
