@@ -66,10 +66,11 @@ def _verdicts(ws: Workspace, store: Any, rows: np.ndarray) -> list[str]:
     if not ws.selection.is_file():
         return [""] * len(rows)
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
+
+    from .pipeline.filter.verdicts import read_verdicts
 
     parts, within = store.part_of(rows)
     mine = pc.field("part").isin(parts.tolist()) & pc.field("row").isin(within.tolist())
-    table = pq.read_table(ws.selection, columns=["part", "row", "keep", "reason"], filters=mine).to_pylist()
-    said = {(row["part"], row["row"]): "kept" if row["keep"] else str(row["reason"]) for row in table}
+    found = read_verdicts(ws, mine, ["part", "row", "keep", "reason"])
+    said = {(row["part"], row["row"]): "kept" if row["keep"] else str(row["reason"]) for row in found}
     return [said.get(place, "") for place in zip(parts.tolist(), within.tolist(), strict=True)]

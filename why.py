@@ -97,7 +97,8 @@ def _fetched(ws: Workspace, shard: str, key: str) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(ws.images / f"{Path(shard).name}.parquet", filters=pc.field("key") == key)
+        path = ws.images / f"{Path(shard).name}.parquet"
+        table = pq.read_table(path, filters=pc.field("key") == key, page_checksum_verification=True)
     except (OSError, pa.ArrowException, KeyError):
         return {}
     noted = table.slice(0, 1).to_pylist()
@@ -107,11 +108,12 @@ def _fetched(ws: Workspace, shard: str, key: str) -> dict[str, Any]:
 def _verdict(ws: Workspace, store: Any, row: int, part: int, within: int) -> dict[str, Any]:
     """The filter's verdict with what decided it, what the row copies, and what copies it."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
+
+    from .pipeline.filter.verdicts import read_verdicts
 
     mine = (pc.field("part") == part) & (pc.field("row") == within)
     of_mine = (pc.field("duplicate_of", "part") == part) & (pc.field("duplicate_of", "row") == within)
-    found = pq.read_table(ws.selection, filters=mine).to_pylist()
+    found = read_verdicts(ws, mine)
     if not found:
         return {"verdict": "not judged: embedded after the filter ran; run `eclipse filter --overwrite`"}
     (judged,) = found
@@ -123,7 +125,7 @@ def _verdict(ws: Workspace, store: Any, row: int, part: int, within: int) -> dic
     if (of := judged["duplicate_of"]) is not None:
         at = store.rows_of(np.array([of["part"]]), np.array([of["row"]]))
         told["copy of"] = f"{store.column('uid', at)[0].as_py()[:16]} ({store.column('url', at)[0].as_py()})"
-    copies = pq.read_table(ws.selection, columns=["uid", "reason"], filters=of_mine).to_pylist()
+    copies = read_verdicts(ws, of_mine, ["uid", "reason"])
     if copies:
         told["copies of it"] = ", ".join(f"{one['uid'][:16]} ({one['reason']})" for one in copies[:5])
         told["number of copies"] = len(copies)

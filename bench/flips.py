@@ -2,6 +2,7 @@
 
     python -m eclipse.bench.flips            # every kind of file of a small shapes workspace, every step that reads it
     python -m eclipse.bench.flips --bits 20  # more bits a file
+    python -m eclipse.bench.flips logs/filter selection  # these kinds of file alone
 
 `SILENT` in its table is a defect: the step succeeded, and what it made differs from what it makes of the whole file.
 """
@@ -12,42 +13,43 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .faults import KILL, Faults, contents, differences, small_workspace
 from .results import arguments, hardware, record, table
 
+Read = dict[str, list[tuple[str, str]]]
 # What is read by which command, by the stage that is the last one done before. "train begun": stopped at its second
 # checkpoint.
-READ: dict[str, tuple[tuple[str, str], ...]] = {
-    "download": (
+READ: Read = {
+    "download": [
         ("images/*.tar", "embed"),
         ("images/*.parquet", "embed"),
         ("images/*_stats.json", "embed"),
         ("logs/state/download.json", "embed"),
         ("rejected.parquet", "embed"),
         ("logs/download-*.json", "download"),
-    ),
-    "embed": (("embeddings/part-*.parquet", "filter"), ("logs/state/embed.json", "filter")),
-    "filter": (
+    ],
+    "embed": [("embeddings/part-*.parquet", "filter"), ("logs/state/embed.json", "filter")],
+    "filter": [
         ("embeddings/part-*.parquet", "train"),
         ("selection.parquet", "train"),
         ("logs/state/filter.json", "train"),
-        ("logs/filter/*.parquet", "filter --overwrite"),
-    ),
-    "train begun": (
+        ("logs/filter/*", "filter --overwrite"),
+    ],
+    "train begun": [
         ("prior/checkpoints/*/*", "train"),
         ("prior/metrics.jsonl", "train"),
         ("logs/state/train.begun.json", "train"),
-    ),
-    "train": (("prior/final/*", "render"), ("logs/state/train.json", "render")),
-    "render": (
+    ],
+    "train": [("prior/final/*", "render"), ("logs/state/train.json", "render")],
+    "render": [
         ("prior/final/*", "evaluate"),
         ("renders/*.safetensors", "render --overwrite"),
         ("renders/default/**/*", "render"),
-    ),
+    ],
 }
 # Appended to line by line and checked by nothing: curves are drawn from it, and no figure of a summary is read there.
 CURVES = "prior/metrics.jsonl"
@@ -112,21 +114,21 @@ def try_bits(faults: Faults, base: Path, files: str, step: str, *, bits: int, se
     return tally
 
 
-def tallies(faults: Faults, *, bits: int) -> Iterator[Tally]:
-    """Every pair of READ on a small workspace."""
+def tallies(faults: Faults, read: Read, *, bits: int) -> Iterator[Tally]:
+    """Every pair of `read` on a small workspace."""
     small_workspace(faults.folder)
     for stage in ("download", "embed", "filter", "train", "render"):
         if stage == "train":
-            yield from _interrupted_training(faults, bits)
+            yield from _interrupted_training(faults, read["train begun"], bits)
         assert (outcome := faults.run([stage, "--quiet"])).code == 0, outcome.said
         base = faults.folder / f"after-{stage}"
         shutil.copytree(faults.ws, base, symlinks=True)
-        for files, step in READ[stage]:
+        for files, step in read[stage]:
             yield try_bits(faults, base, files, step, bits=bits)
         faults.restore(base)
 
 
-def _interrupted_training(faults: Faults, bits: int) -> Iterator[Tally]:
+def _interrupted_training(faults: Faults, read: Sequence[tuple[str, str]], bits: int) -> Iterator[Tally]:
     before, begun = faults.folder / "before-train", faults.folder / "train-begun"
     shutil.copytree(faults.ws, before, symlinks=True)
     points = faults.points(["train", "--quiet"])
@@ -134,7 +136,7 @@ def _interrupted_training(faults: Faults, bits: int) -> Iterator[Tally]:
     faults.restore(before)
     faults.run(["train", "--quiet"], KILL, second[0])
     shutil.copytree(faults.ws, begun, symlinks=True)
-    for files, step in READ["train begun"]:
+    for files, step in read:
         yield try_bits(faults, begun, files, step, bits=bits)
     faults.restore(before)
 
@@ -142,11 +144,14 @@ def _interrupted_training(faults: Faults, bits: int) -> Iterator[Tally]:
 def main() -> None:
     """Flip the bits and write the table; below it what was silent."""
     parser = arguments(__doc__)
+    parser.add_argument("files", nargs="*", help="kinds of file whose pattern holds one of these; default: every kind")
     parser.add_argument("--bits", type=int, default=12, help="flips for each kind of file and step")
     chosen = parser.parse_args()
+    words = chosen.files or [""]
+    read = {stage: [row for row in rows if any(word in row[0] for word in words)] for stage, rows in READ.items()}
     machine, rows, silent = hardware(), [], []
     with tempfile.TemporaryDirectory() as folder, Faults(Path(folder)) as faults:
-        for tally in tallies(faults, bits=chosen.bits):
+        for tally in tallies(faults, read, bits=chosen.bits):
             found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(tally.bits.items())) or "no such file"
             print(f"{tally.files} under {tally.step}: {found}", flush=True)
             rows.append([f"`{tally.files}`", tally.step, found])
@@ -154,7 +159,12 @@ def main() -> None:
     columns = ["files", "step that reads them", "what became of the flipped bits"]
     body = "\n".join([table(columns, rows), "", *(f"- {each}" for each in silent or ["None was silent."])])
     record(
-        "flips.py", "One flipped bit in each kind of file", body, {"bits a row": chosen.bits}, machine, chosen.results
+        "python -m eclipse.bench.flips",
+        "One flipped bit in each kind of file",
+        body,
+        {"bits a row": chosen.bits},
+        machine,
+        chosen.results,
     )
 
 

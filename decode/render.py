@@ -35,7 +35,7 @@ MARKS = ("prior", "encoder", "decoder", "steps", "guidance_scale")
 
 @dataclass(frozen=True)
 class _Models:
-    """What makes the missing pictures: a row of `embeddings` (N, D) for each seed; `rows`: its row of `captions`."""
+    """What makes the pictures: a row of `embeddings` (N, D) for each seed; `rows`: its row of `captions`."""
 
     embeddings: torch.Tensor
     decoder: Decoder
@@ -83,8 +83,8 @@ def _render(
         complete = manifest.claim(job.folder, job.settings, job.files, overwrite=False)
         if complete is not None:
             return {**complete, "already_complete": True}
-    missing = [picture for picture in job.pictures if replaces or not (job.folder / picture.path).is_file()]
-    models = _load(ws, progress, job, missing) if missing else None
+    missing = {picture for picture in job.pictures if replaces or not (job.folder / picture.path).is_file()}
+    models = _load(ws, progress, job) if missing else None
     begin()
     if found is not None and replaces:
         manifest.write(job.folder, **found)  # `claim` reads it, and it may be a damaged one
@@ -143,8 +143,8 @@ def _own_pictures(folder: Path) -> list[str]:
     return ours
 
 
-def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture]) -> _Models:
-    """What the missing pictures need. Encoder, prior and decoder are in memory one after the other, never together."""
+def _load(ws: Workspace, progress: Progress, job: Job) -> _Models:
+    """What the pictures need. Encoder, prior and decoder are in memory one after the other, never together."""
     import torch
 
     from ..pipeline.core.card import resolve
@@ -153,21 +153,19 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
 
     card, device = ws.card, pick_device()
     encoder = load_encoder(card, device)
-    used = sorted({picture.prompt for picture in missing})
-    texts = encode_texts(encoder, [job.prompts[i].text for i in used], progress)
+    texts = encode_texts(encoder, [prompt.text for prompt in job.prompts], progress)
     if cut := (texts.n_tokens >= encoder.context_length).nonzero().flatten().tolist():
-        first = job.prompts[used[cut[0]]].text[:60]
+        first = job.prompts[cut[0]].text[:60]
         limit = f"{len(cut)} prompts fill the encoder's {encoder.context_length} tokens"
         progress.say(f"{limit}, the rest of them is not read; the first: {first}…")
     blank = unconditional(ws, encoder, card.decoder.kind, progress)
     nothing = encode_texts(encoder, [job.negative_prompt], progress) if job.negative_prompt else None
     del encoder
-    row_of = {prompt: row for row, prompt in enumerate(used)}
-    shots = [(row_of[picture.prompt], seed) for picture in missing for seed in picture.seeds]
+    shots = [(picture.prompt, seed) for picture in job.pictures for seed in picture.seeds]
     rows = [row for row, _ in shots]
     embeddings = predict(job.prior, texts, rows, [seed for _, seed in shots], device)
     if job.reference is not None:
-        own = torch.tensor([picture.by_reference for picture in missing for _ in picture.seeds])
+        own = torch.tensor([picture.by_reference for picture in job.pictures for _ in picture.seeds])
         others = predict(job.reference, texts, rows, [seed for _, seed in shots], device)
         embeddings = torch.where(own[:, None], others, embeddings)
     if nothing is not None:
@@ -192,21 +190,26 @@ def _load(ws: Workspace, progress: Progress, job: Job, missing: Sequence[Picture
     return _Models(embeddings, decoder, texts if reads else None, rows)
 
 
-def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Models) -> None:
-    """Make the missing pictures, a batch of whole files at a time. A batch that exhausts the device is halved."""
+def _make(progress: Progress, job: Job, missing: set[Picture], models: _Models) -> None:
+    """Make the missing pictures, a batch of whole files at a time. A batch that exhausts the device is halved.
+
+    A batch of which some are there already is made again and the others written: a picture made among fewer would
+    differ in rounding from that of a run that nothing interrupted.
+    """
     import torch
 
-    total, count = sum(len(p.seeds) for p in job.pictures), len(models.rows)
-    files, size = deque(missing), models.decoder.batch_size
-    with progress.task("render", total, "pictures") as task:
-        task.advance(total - count)
-        done = 0
+    files, size, done = deque(job.pictures), models.decoder.batch_size, 0
+    with progress.task("render", len(models.rows), "pictures") as task:
         while files:
             batch = [files.popleft()]
             while files and sum(len(p.seeds) for p in batch) + len(files[0].seeds) <= size:
                 batch.append(files.popleft())
             seeds = [seed for picture in batch for seed in picture.seeds]
             rows = slice(done, done + len(seeds))
+            if missing.isdisjoint(batch):
+                done += len(seeds)
+                task.advance(len(seeds))
+                continue
             images = None
             try:
                 images = models.decoder.decode(
@@ -225,17 +228,19 @@ def _make(progress: Progress, job: Job, missing: Sequence[Picture], models: _Mod
                 progress.say(f"{len(seeds)} pictures at a time exhaust the memory, now {size} (decoder.batch_size)")
                 files.extendleft(reversed(batch))
                 continue
-            _write_batch(job, batch, images)
+            _write_batch(job, batch, images, missing)
             done += len(seeds)
             task.advance(len(seeds))
 
 
-def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Image]) -> None:
+def _write_batch(job: Job, batch: Sequence[Picture], images: Sequence[Image.Image], missing: set[Picture]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     rest = iter(images)
     for picture in batch:
         own = [next(rest) for _ in picture.seeds]
+        if picture not in missing:
+            continue
         info = PngInfo()
         info.add_itxt("prompt", job.prompts[picture.prompt].text)
         for key in (*MARKS, *(["negative_prompt"] if job.negative_prompt else [])):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -50,7 +50,7 @@ def write_rejected(ws: Workspace, stage: str, rows: Iterable[Reject]) -> dict[st
     if ws.rejected.is_dir():
         raise _unreadable(ws, IsADirectoryError("it is a directory"))
     with atomic_path(ws.rejected) as temporary, _writer(temporary) as writer:
-        for batch in _earlier(ws, stage):
+        for batch in rejected_of(ws, STAGES[: STAGES.index(stage)]):
             writer.write_table(batch)
         iterator = iter(rows)
         while block := list(islice(iterator, BATCH)):
@@ -77,17 +77,16 @@ def _writer(path: Path) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, SCHEMA, compression="zstd", write_page_checksum=True)
 
 
-def _earlier(ws: Workspace, stage: str) -> Iterator[pa.Table]:
-    """The present rows of the stages before `stage`, in blocks."""
-    kept = STAGES[: STAGES.index(stage)]
-    if not kept or not ws.rejected.exists():
+def rejected_of(ws: Workspace, stages: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of these stages in rejected.parquet, in blocks; none if there is no such file yet."""
+    if not stages or not ws.rejected.exists():
         return
     try:
         require_regular(ws.rejected)
         with pq.ParquetFile(ws.rejected, page_checksum_verification=True) as file:
             for batch in file.iter_batches(BATCH, columns=SCHEMA.names):
                 table = pa.Table.from_batches([batch])
-                table = table.filter(pc.field("stage").isin(pa.array(kept)))
+                table = table.filter(pc.field("stage").isin(pa.array(stages)))
                 if len(table):
                     yield table.cast(SCHEMA)
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.workspace import Workspace
+from ..images.rejects import rejected_of
 from ..images.shards import picture_files
 from ..images.sources import shards_of
 from . import charts
@@ -76,19 +77,14 @@ def failed_hosts(ws: Workspace) -> list[dict[str, Any]]:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    if not ws.rejected.is_file():
-        return []
     counted = []
-    with pq.ParquetFile(ws.rejected) as file:
-        for batch in file.iter_batches(1 << 20, columns=["stage", "reason", "url"]):
-            failed = pa.Table.from_batches([batch]).filter(pc.field("stage") == "download")
-            # What has no host, such as a malformed URL, was never asked for anywhere.
-            named = pc.call_function("extract_regex", [failed["url"]], pc.ExtractRegexOptions(HOST))
-            host = pc.call_function("struct_field", [named], pc.StructFieldOptions("host"))
-            failed = failed.append_column("host", host).filter(pc.field("host").is_valid())
-            counted.append(failed.group_by(["host", "reason"]).aggregate([("url", "count"), ("url", "min")]))
+    for failed in rejected_of(ws, ["download"]):
+        # What has no host, such as a malformed URL, was never asked for anywhere.
+        named = pc.call_function("extract_regex", [failed["url"]], pc.ExtractRegexOptions(HOST))
+        host = pc.call_function("struct_field", [named], pc.StructFieldOptions("host"))
+        failed = failed.append_column("host", host).filter(pc.field("host").is_valid())
+        counted.append(failed.group_by(["host", "reason"]).aggregate([("url", "count"), ("url", "min")]))
     if not counted:  # a list without a failure
         return []
     total: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -116,7 +112,8 @@ def _fetched(ws: Workspace) -> pa.Table:
     names = ["key", "caption", "width", "height", "original_width", "original_height"]
     tables = []
     for path in sorted(ws.images.glob("*.parquet")):
-        table = pq.read_table(path, columns=[*names, "status"]).filter(pc.field("status") == "success")
+        table = pq.read_table(path, columns=[*names, "status"], page_checksum_verification=True)
+        table = table.filter(pc.field("status") == "success")
         tables.append(table.select(names).append_column("shard", pa.array([path.stem] * len(table), pa.string())))
     return (
         pa.concat_tables(tables, promote_options="permissive")

@@ -392,3 +392,10 @@ def test_the_selection_explains_itself_and_why_tells_the_story(tmp_path: Path) -
     assert story["filter"]["number of copies"] == 1 and story["train"]["side"].startswith(("training", "validation"))
     with pytest.raises(UsageError, match="no row is called that"):
         tell(ws, "nothing", QUIET)
+    group = pq.read_metadata(ws.selection).row_group(0)
+    (scores,) = (group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "clip_score")
+    data = bytearray(ws.selection.read_bytes())
+    data[scores.dictionary_page_offset + scores.total_compressed_size // 2] ^= 1
+    ws.selection.write_bytes(data)
+    with pytest.raises(EclipseError, match="no readable selection"):
+        tell(ws, verdicts[5]["uid"][:12], QUIET)
