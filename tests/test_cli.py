@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -283,6 +284,29 @@ def test_the_traceback_of_a_defect_is_kept_for_later(ws: Workspace, monkeypatch:
     monkeypatch.setattr("eclipse.pipeline.cache.store.Store.open", fail)
     CliRunner().invoke(app, ["filter", "-w", str(ws.root)])
     assert "ZeroDivisionError" in (ws.logs / "tracebacks.txt").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_of_which_a_library_makes_its_own_error_is_the_stop(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+):
+    """As matplotlib does: what is raised while its C calls Python is dropped, and a matrix is said to be invalid."""
+
+    def fail(*_: object, **__: object) -> dict:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        raise ValueError("Invalid affine transformation matrix")
+
+    complete(ws, "embed")
+    monkeypatch.setattr("eclipse.pipeline.cache.store.Store.open", fail)
+    before = signal.getsignal(number)
+    try:
+        result = CliRunner().invoke(app, ["filter", "-w", str(ws.root)])
+    finally:
+        signal.signal(number, before)
+    assert result.exit_code == code and "matrix" not in result.stderr and "again" in result.stderr
+    assert not (ws.logs / "tracebacks.txt").exists()
 
 
 def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path):

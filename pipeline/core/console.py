@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from .errors import EclipseError, Terminated
-from .interrupts import INTERRUPTED, one_interrupt
+from .interrupts import INTERRUPTED, one_interrupt, one_termination
 from .progress import Progress, printable
 
 # Packages that come with an extra of the distribution, since using a prior takes none of them.
@@ -45,7 +45,7 @@ def present(
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with (
-            _sigterm_raises(),
+            one_termination(_again()),
             one_interrupt(lambda: _end_children(patience_s=0)),
             _a_line_a_thread(debug),
             _stdout_is_stderr(),
@@ -212,28 +212,6 @@ def explain(error: BaseException) -> EclipseError | Terminated:
         f"unexpected {type(error).__name__}: {text.strip() or 'no message'}",
         hint="run the same command with --debug for the traceback; finished work is kept",
     )
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds the main thread like Ctrl-C does, so that stages clean up and save."""
-    owner = os.getpid()
-
-    def stop(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a forked worker inherits the handler, not the duty
-            os._exit(128 + number)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated("stopped by SIGTERM", hint=_again())
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from .card import BUILT_ON, Card, differences, digest, lineage
 from .card_file import renamed
 from .errors import EclipseError
 from .files import file_sha256, remove, sealed, unsealed, write_json
+from .interrupts import asked_to_stop
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -264,7 +265,7 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if isinstance(error, Exception) and not isinstance(error, (EclipseError, OSError)):
+            if isinstance(error, Exception) and not isinstance(error, (EclipseError, OSError)) and not asked_to_stop():
                 self._keep_traceback(error)
             if self._locked:
                 settle(self.ws, self.name)
