@@ -100,6 +100,19 @@ def test_init_then_status_in_the_current_directory(tmp_path: Path):
     assert shown.returncode == 0 and "next: eclipse download" in shown.stdout
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_outputs_lead_nowhere(tmp_path: Path, closed: str):
+    command = f"exec {sys.executable} -m eclipse.cli init shapes here {closed}"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=120, check=False).returncode == 0
+    assert Card.load(str(tmp_path / "here" / "eclipse.yaml")).name == "shapes"
+
+
+def test_the_next_command_works_where_a_path_has_spaces(tmp_path: Path):
+    said = eclipse("init", "shapes", "my work", cwd=tmp_path).stdout
+    (following,) = re.findall("next: (.+) && eclipse run", said)
+    subprocess.run(["bash", "-c", f"{following} && test -f eclipse.yaml"], cwd=tmp_path, check=True)
+
+
 def test_cards_lists_and_prints(tmp_path: Path):
     listed = json.loads(eclipse("cards", "--json", cwd=tmp_path).stdout)["cards"]
     assert (
@@ -377,6 +390,21 @@ def test_interrupts_in_a_row_are_one_and_a_late_one_ends_at_once(
     _, rest = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in rest and "run the same command again" in rest
     assert ("cleaned up" in rest) == cleaned and ("ended at once" in rest) != cleaned
+
+
+def test_ctrl_c_at_once_is_no_traceback(tmp_path: Path):
+    code = """
+import sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+from eclipse.__main__ import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 130 and result.stderr == ""
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

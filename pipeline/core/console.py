@@ -43,6 +43,7 @@ def present(
     that torchrun started, the one of rank 0 speaks for all; a failing one says so wherever it is.
     """
     is_main = os.environ.get("RANK", "0") == "0"
+    _open_standard_streams()
     try:
         with (
             one_termination(_again()),
@@ -229,6 +230,17 @@ def _a_line_a_thread(debug: bool) -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _open_standard_streams() -> None:
+    """Streams that were closed (`>&-`) lead nowhere: a file of ours that took their number would be written into."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ def show_stage(stage: str, summary: dict[str, Any]) -> None:
 def show_workspace(result: dict[str, Any]) -> None:
     """A workspace that was made, and what to do in it."""
     print(printable(f"workspace for {result['card']} ({result['source']}): {result['workspace']}"))
-    print(printable(f"next: cd {result['workspace']} && eclipse run"))
+    print(printable(f"next: cd {shlex.quote(result['workspace'])} && eclipse run"))
 
 
 def show_export(result: dict[str, Any]) -> None:
