@@ -84,7 +84,8 @@ def part_number(path: Path) -> int:
     """The number in a part's file name. Raises EclipseError for any other name."""
     match = NAME.fullmatch(Path(path).name)
     if match is None or int(match[1]) > LARGEST_NUMBER:
-        raise EclipseError("not the name of an embedding part", where=str(path), hint="move it away; parts are part-NNNNN.parquet")
+        hint = "move it away; parts are part-NNNNN.parquet"
+        raise EclipseError("not the name of an embedding part", where=str(path), hint=hint)
     return int(match[1])
 
 
