@@ -119,7 +119,7 @@ def _verdict(ws: Workspace, store: Any, row: int, part: int, within: int) -> dic
     (judged,) = found
     told: dict[str, Any] = {"verdict": "kept" if judged["keep"] else f"rejected: {judged['reason']}"}
     told |= {name: round(judged[name], 4) for name in ("score", "threshold") if judged.get(name) is not None}
-    for name in ("wrong_probability", "caption_z", "copy_similarity"):
+    for name in ("wrong_probability", "caption_z", "copy_similarity", "caption_similarity"):
         if judged.get(name) is not None:
             told[name] = round(judged[name], 4)
     if (of := judged["duplicate_of"]) is not None:

@@ -110,6 +110,9 @@ class FilterSection(Section):
     evaluation_sets: list[str] | None = Field(
         None, description="parts, folders of pictures, or lists of captions and URLs that must not be trained on"
     )
+    evaluation_caption_cosine: float | None = Field(
+        None, gt=0, le=1, description="least text-embedding cosine to a caption of theirs; null: the same words alone"
+    )
     max_caption_uses: int | None = Field(
         None, ge=1, le=MANY, description="pictures that may have the same caption; further ones are dropped"
     )

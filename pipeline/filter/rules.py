@@ -44,6 +44,7 @@ class Finding:
     notes: dict[str, Any] = field(default_factory=dict)  # figures for the stage's summary
     warning: str = ""  # why the rule held back
     stated: bool = False  # any share may go: the card states it itself, or what goes is left in an equal row
+    thresholds: np.ndarray | None = None  # what each rejected row was compared with, float32, where that differs
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,9 @@ def off_target(inputs: Inputs) -> Finding | None:
 def _examples(inputs: Inputs, option: str, names: list[str]) -> Examples:
     from .examples import read_examples
 
-    evidence = inputs.evidence
-    return read_examples(names, option, inputs.root, evidence.store.meta, evidence.progress, inputs.encoder)
+    evidence, spoken = inputs.evidence, inputs.options.evaluation_caption_cosine is not None
+    about = (option, inputs.root, evidence.store.meta, evidence.progress, inputs.encoder)
+    return read_examples(names, *about, embed_captions=spoken and option == "evaluation_sets")
 
 
 def wrong_caption(inputs: Inputs) -> Finding | None:
@@ -254,20 +256,22 @@ def wrong_caption(inputs: Inputs) -> Finding | None:
 
 
 def evaluation_overlap(inputs: Inputs) -> Finding | None:
-    """Picture or caption of an evaluation set: near its picture by embedding and thumbnail, or the same words."""
+    """Picture, caption or URL of an evaluation set: near by embedding (and thumbnail), or the same words."""
     if not inputs.options.evaluation_sets:
         return None
     from .examples import overlap
 
     options = inputs.options
     examples = _examples(inputs, "evaluation_sets", inputs.options.evaluation_sets)
-    found, cosine, notes = overlap(examples, inputs.evidence, inputs.rows, options)
+    found = overlap(examples, inputs.evidence, inputs.rows, options)
+    rows, at = inputs.rows[found.found], found.found
     return Finding(
-        inputs.rows[found],
-        scores={"copy_similarity": (inputs.rows[found], cosine[found])},
-        decided_by=cosine[found],
+        rows,
+        scores={"copy_similarity": (rows, found.picture[at]), "caption_similarity": (rows, found.caption[at])},
+        decided_by=found.score[at],
         threshold=options.near_copy_cosine,
-        notes={"evaluation_overlap": notes},
+        thresholds=found.limit[at],
+        notes={"evaluation_overlap": found.counts},
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .evidence import Evidence
     from .rules import Finding
 
-SCORES = ("clip_score", *HEAD_SCORES, "wrong_probability", "caption_z", "copy_similarity")
+SCORES = ("clip_score", *HEAD_SCORES, "wrong_probability", "caption_z", "copy_similarity", "caption_similarity")
 LARGEST_DROP = 0.75  # share of the rows it sees from which a rule is stopped, unless the card says otherwise
 SHOWN = 12  # pairs that were nearly copies, on the report
 FEWEST_ROWS = 20  # below, any share is plausible
@@ -141,8 +141,8 @@ def _judge(
             scores[score][rows] = values
         if finding.decided_by is not None:
             scores["score"][finding.rejected] = finding.decided_by
-        if finding.threshold is not None:
-            scores["threshold"][finding.rejected] = finding.threshold
+        if (limit := finding.threshold if finding.thresholds is None else finding.thresholds) is not None:
+            scores["threshold"][finding.rejected] = limit
         funnel[name] = {"seen": seen, "rejected": len(finding.rejected), "threshold": finding.threshold}
         about |= finding.notes
         if finding.warning:

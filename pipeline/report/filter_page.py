@@ -88,10 +88,14 @@ def filter_page(
                 sides.append((column, threshold, dropped, stayed))
         faint = rejected("near_copy")
         faint = faint[np.argsort(similarity[faint], kind="stable")[:BESIDE]]
+        said = np.asarray(table["caption_similarity"].to_numpy(), np.float32)
+        listed = rejected("evaluation_overlap")
+        listed = listed[np.isfinite(said[listed])]
+        listed = listed[np.argsort(said[listed], kind="stable")[:SHOWN]]
         wrong, at_random = some(rejected("wrong_caption")), some(np.flatnonzero(kept))
         members, share = _clusters(store, kept, code, names, some(np.arange(len(table)), CLUSTERED))
         shown = [np.array(g, np.int64) for found in groups.values() for g, _ in found]
-        shown += [rows for _, _, *both in sides for rows in both] + [faint, keeper[faint], wrong, at_random]
+        shown += [rows for _, _, *both in sides for rows in both] + [faint, keeper[faint], wrong, listed, at_random]
         shown += [members.ravel(), np.array([n for i, j, _ in near_misses for n in (i, j)], np.int64)]
         shots = Shots(ws, store, np.concatenate(shown).tolist())
         task.advance()
@@ -148,6 +152,7 @@ def filter_page(
             faint=[pair(int(keeper[r]), int(r), alike(int(r)), "bad") for r in faint],
             misses=[pair(i, j, f"no copy {value:.3f}", "good") for i, j, value in near_misses],
             wrong=[shots(r, f"P(wrong) {scores['wrong_probability'][r]:.2f}", "bad") for r in wrong],
+            listed=[shots(r, f"cosine {said[r]:.3f}", "bad") for r in listed.tolist()],
             clusters=[
                 {
                     "shots": [shots(r) for r in rows.tolist()],

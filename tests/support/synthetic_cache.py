@@ -103,19 +103,19 @@ def plant(rows: int = 900, seed: int = 0) -> tuple[list[Row], Truth]:
     return table, truth
 
 
-def write(root: Path, table: list[Row], **filter_options: object) -> Workspace:
+def write(root: Path, table: list[Row], *, meta: PartMeta = META, **filter_options: object) -> Workspace:
     """A workspace with image shards and embedding parts of these rows, as if download and embed were complete."""
     card = Card.load("shapes")
     card = card.model_copy(update={"filter": card.filter.model_copy(update=filter_options)})
     ws = Workspace.create(root, card)
     ws.images.mkdir()
     for number, start in enumerate(range(0, len(table), ROWS_A_PART)):
-        _write_part(ws, number, table[start : start + ROWS_A_PART])
+        _write_part(ws, number, table[start : start + ROWS_A_PART], meta)
     finish(ws, "embed", summary={})
     return ws
 
 
-def _write_part(ws: Workspace, number: int, rows: list[Row]) -> None:
+def _write_part(ws: Workspace, number: int, rows: list[Row], meta: PartMeta) -> None:
     keys = [f"{number:05d}{i:04d}" for i in range(len(rows))]
     data = [row.data or _png(row) for row in rows]
     with tarfile.open(ws.images / f"{number:05d}.tar", "w") as tar:
@@ -129,7 +129,7 @@ def _write_part(ws: Workspace, number: int, rows: list[Row]) -> None:
     score = (image * text).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(text, axis=1)
     counts = np.array([row.n_tokens for row in rows])
     captions = [row.caption for row in rows]
-    with PartWriter(ws.embeddings / part_name(number), META) as part:
+    with PartWriter(ws.embeddings / part_name(number), meta) as part:
         part.write(
             {
                 "uid": [hashlib.sha256(d + c.encode()).hexdigest() for d, c in zip(digests, captions, strict=True)],

@@ -50,6 +50,21 @@ def test_every_pair_near_the_threshold_is_found_and_no_other(monkeypatch: pytest
     assert pairs.recall is None and (pairs.cosine >= 0.92).all() and not pairs.full.any()
 
 
+def test_products_of_halves_come_in_few_shapes() -> None:
+    """Lists of any length: what a product of two shapes keeps in memory is kept for few of them."""
+    torch, shapes = neighbours.torch, set()
+    with torch.autograd.profiler.profile(record_shapes=True) as seen:
+        for n in (1, 3, 65, 100, 127, 600, 2_047):
+            a, b = (torch.randn(rows, 8, generator=torch.manual_seed(n)).bfloat16() for rows in (n, n + 1))
+            product = neighbours._product(a, b)
+            torch.testing.assert_close(product, a @ b.T)
+            assert product.shape == (n, n + 1)
+    for event in seen.function_events or []:
+        if event.name == "aten::mm":
+            shapes.add(event.input_shapes[0][0])
+    assert {64, 128, 640, 2_048} <= shapes
+
+
 def test_rounding_is_bounded_from_the_vectors_themselves() -> None:
     """Without the bound, products of halves would lose pairs just above the threshold."""
     x = cloud(1500, 300, 0.92)

@@ -217,6 +217,53 @@ def test_a_folder_of_pictures_is_encoded_and_compared_as_the_rows_were(tmp_path:
         examples.read_examples(["evaluation"], "evaluation_sets", tmp_path, synthetic_cache.META, QUIET, section)
 
 
+def test_a_caption_near_one_of_an_evaluation_set_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the shipped CLIP's own text tower: the same thing in slightly other words goes, another thing stays."""
+    said = {
+        2: "a red circle above a blue square",  # the very words
+        4: "the red circle above the blue square",
+        6: "a picture of a red circle above a blue square",
+        8: "a green circle above a blue square",
+        9: "two yellow stars",
+        11: "red",
+    }
+    section = Card.load("shapes").encoder
+    encoder = Encoder.load(section.model)
+    maker = Maker(1)
+    table = [maker.row(i) for i in range(40)]
+    for i, row in enumerate(table):
+        row.caption = said.get(i, row.caption)
+    text = encoder.encode_text(*encoder.tokenize([row.caption for row in table])).embedding.numpy()
+    noise = np.random.default_rng(0).normal(size=text.shape)
+    for row, vector, picture in zip(table, text, noise, strict=True):
+        row.text, row.image = vector, vector + picture
+    (tmp_path / "prompts.txt").write_text("A red circle above a blue square.\nred\n")
+    meta = replace(synthetic_cache.META, encoder_fingerprint=encoder.fingerprint, embedding_dim=text.shape[1])
+    rules = {"evaluation_sets": [str(tmp_path / "prompts.txt")], "evaluation_caption_cosine": 0.98}
+    ws = synthetic_cache.write(tmp_path / "ws", table, meta=meta, **OFF, **rules)
+
+    assert filter_cache(ws, QUIET, dry_run=True)["rules"]["evaluation_overlap"]["in_sequence"] == 3
+    by_words = filter_cache(ws, QUIET, dry_run=True, rules=["evaluation_caption_cosine=null"])
+    assert by_words["rules"]["evaluation_overlap"]["in_sequence"] == 1
+    summary = filter_cache(ws, QUIET)
+    verdicts = pq.read_table(ws.selection).to_pylist()
+    assert dropped(verdicts, "evaluation_overlap") == {2, 4, 6}
+    assert summary["evaluation_overlap"] == {"captions": 1, "near_captions": 2}
+    assert verdicts[4]["copy_similarity"] is None and verdicts[4]["threshold"] == pytest.approx(0.98)
+    assert 0.98 <= verdicts[4]["caption_similarity"] == verdicts[4]["score"] < verdicts[2]["score"]
+    (story,) = tell(ws, table[6].url, QUIET)["rows"]
+    assert story["filter"]["caption_similarity"] >= 0.98
+    assert "near an evaluation set" in (ws.reports / "filter.html").read_text()
+
+    # A set of parts brings its captions' embeddings along, and no encoder is loaded.
+    theirs = synthetic_cache.write(tmp_path / "theirs", [table[2]], meta=meta)
+    monkeypatch.setattr(Encoder, "load", None)
+    found = filter_cache(ws, QUIET, dry_run=True, rules=[f"evaluation_sets=[{theirs.embeddings}]"])
+    assert found["rules"]["evaluation_overlap"]["in_sequence"] == 3
+
+
 def test_cocos_own_annotations_are_an_evaluation_set(tmp_path: Path) -> None:
     val = {
         "images": [{"id": 1, "coco_url": "http://127.0.0.1/15.jpg", "flickr_url": "http://127.0.0.1/16.jpg"}],
