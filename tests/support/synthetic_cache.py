@@ -103,7 +103,7 @@ def plant(rows: int = 900, seed: int = 0) -> tuple[list[Row], Truth]:
     return table, truth
 
 
-def write(root: Path, table: list[Row], *, meta: PartMeta = META, **filter_options: object) -> Workspace:
+def write(root: Path, table: list[Row], meta: PartMeta = META, /, **filter_options: object) -> Workspace:
     """A workspace with image shards and embedding parts of these rows, as if download and embed were complete."""
     card = Card.load("shapes")
     card = card.model_copy(update={"filter": card.filter.model_copy(update=filter_options)})

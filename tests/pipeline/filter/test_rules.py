@@ -242,7 +242,7 @@ def test_a_caption_near_one_of_an_evaluation_set_is_not_trained_on(
     (tmp_path / "prompts.txt").write_text("A red circle above a blue square.\nred\n")
     meta = replace(synthetic_cache.META, encoder_fingerprint=encoder.fingerprint, embedding_dim=text.shape[1])
     rules = {"evaluation_sets": [str(tmp_path / "prompts.txt")], "evaluation_caption_cosine": 0.98}
-    ws = synthetic_cache.write(tmp_path / "ws", table, meta=meta, **OFF, **rules)
+    ws = synthetic_cache.write(tmp_path / "ws", table, meta, **OFF, **rules)
 
     assert filter_cache(ws, QUIET, dry_run=True)["rules"]["evaluation_overlap"]["in_sequence"] == 3
     by_words = filter_cache(ws, QUIET, dry_run=True, rules=["evaluation_caption_cosine=null"])
@@ -258,7 +258,7 @@ def test_a_caption_near_one_of_an_evaluation_set_is_not_trained_on(
     assert "near an evaluation set" in (ws.reports / "filter.html").read_text()
 
     # A set of parts brings its captions' embeddings along, and no encoder is loaded.
-    theirs = synthetic_cache.write(tmp_path / "theirs", [table[2]], meta=meta)
+    theirs = synthetic_cache.write(tmp_path / "theirs", [table[2]], meta)
     monkeypatch.setattr(Encoder, "load", None)
     found = filter_cache(ws, QUIET, dry_run=True, rules=[f"evaluation_sets=[{theirs.embeddings}]"])
     assert found["rules"]["evaluation_overlap"]["in_sequence"] == 3
