@@ -8,14 +8,10 @@ Run: python -m eclipse.bench.gpu_encoder --out OUT [--seconds 60]
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,14 +19,11 @@ from unittest.mock import patch
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 
-from ..pipeline.cache.part import PartMeta, part_name
 from ..pipeline.embed import clip
 from ..pipeline.embed.clip import Encoder
-from ..pipeline.embed.lane import Lane
-from ..pipeline.embed.tasks import Event, ShardFailed, ShardTask
-from ..pipeline.images.shards import TarShard
+from ..pipeline.embed.lane import MOST_DECODERS, Lane
+from .embed_lane import THREADS, WORDS, Account, jpegs, lane_alone, lane_of, report, tasks_for, write_shards
 from .results import hardware, table
 
 CUDA = torch.cuda.is_available()
@@ -38,10 +31,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 PEAK = 989e12  # FLOP/s, dense bfloat16 of an H100 or H200 by its data sheet
 MODELS = ("ViT-L-14", "ViT-bigG-14") if CUDA else ("ViT-S-32-alt",)
 BATCH = 256 if CUDA else 8
-SIDE = 256  # pixels of the shorter side, as img2dataset's usual setting stores pictures
 DISTINCT = 256 if CUDA else 16
 ROWS_PER_SHARD = 2048 if CUDA else 32
-WORDS = "a red cube left of two small striped spheres on grey sand under the last light of an evening"
+LEAST_SECONDS = 15.0 if CUDA else 0.1  # of a run end to end, whose start and end must not weigh
+DECODERS = min(MOST_DECODERS, len(os.sched_getaffinity(0)))
 
 
 def random_encoder(name: str) -> tuple[Encoder, dict[str, Any]]:
@@ -73,45 +66,6 @@ def text_flop(config: dict[str, Any], tokens: float) -> float:
     return tower_flop(text["width"], text["layers"], round(tokens), text.get("mlp_ratio", 4.0))
 
 
-def jpegs(count: int) -> list[bytes]:
-    """Different pictures with detail at every scale, SIDE × SIDE·4/3, quality 95: about the bytes of photographs.
-
-    One is drawn; the others are windows of it, whose making is the encoder's time alone: two milliseconds a picture.
-    """
-    rng, (height, width) = np.random.default_rng(0), (SIDE, SIDE * 4 // 3)
-    large = np.zeros((2 * height, 2 * width, 3), np.float32)
-    for cells, weight in ((8, 90.0), (32, 50.0), (128, 22.0)):
-        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        size = (2 * width, 2 * height)
-        large += weight / 128 * (np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.float32) - 128)
-    drawn = Image.fromarray(np.clip(large + 128, 0, 255).astype(np.uint8))
-    made = []
-    for left, top in rng.integers(0, (width, height), (count, 2)).tolist():
-        out = io.BytesIO()
-        drawn.crop((left, top, left + width, top + height)).save(out, "JPEG", quality=95)
-        made.append(out.getvalue())
-    return made
-
-
-def write_shards(folder: Path, pictures: list[bytes], shards: int) -> list[Path]:
-    """WebDataset tars of ROWS_PER_SHARD pictures, each with a caption of its own of 3 to 19 words."""
-    rng, words = np.random.default_rng(0), WORDS.split()
-    paths = []
-    for shard in range(shards):
-        paths.append(folder / f"{shard:05d}.tar")
-        with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in range(ROWS_PER_SHARD):
-                key = f"{shard:05d}{row:04d}"
-                caption = " ".join(rng.choice(words, int(rng.integers(3, len(words)))))
-                meta = json.dumps({"url": f"http://localhost/{key}", "caption": caption})
-                data = pictures[(shard * ROWS_PER_SHARD + row) % len(pictures)]
-                for name, content in (("jpg", data), ("txt", caption.encode()), ("json", meta.encode())):
-                    member = tarfile.TarInfo(f"{key}.{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return paths
-
-
 def rate(work: Callable[[], int], seconds: float) -> float:
     """Items a second: `work` returns how many it did, is run once to warm up, and then for `seconds` at least once."""
     work()
@@ -132,11 +86,24 @@ def measure(name: str, shards: list[Path], scratch: Path, seconds: float, say: C
     """One model: image tower, text tower, both together as `embed` needs them, decoding alone, and end to end."""
     began = time.perf_counter()
     encoder, config = random_encoder(name)
-    threads = min(16, len(os.sched_getaffinity(0)))
-    meta = PartMeta(name, encoder.fingerprint, encoder.preprocessing, encoder.precision, encoder.embedding_dim,
-                    encoder.text_width, card="")  # fmt: skip
-    lane = Lane(encoder, {}, meta, decode_threads=threads)
-    say(f"{name}: made in {time.perf_counter() - began:.1f} s")
+    lane = lane_of(encoder, name, DECODERS)
+    try:
+        say(f"{name}: made in {time.perf_counter() - began:.1f} s")
+        _measure(name, encoder, config, lane, shards, scratch, seconds, say)
+    finally:
+        lane.close()
+
+
+def _measure(
+    name: str,
+    encoder: Encoder,
+    config: dict[str, Any],
+    lane: Lane,
+    shards: list[Path],
+    scratch: Path,
+    seconds: float,
+    say: Callable[[str], None],
+) -> None:
     side = encoder.image_size
     pixels = torch.randint(0, 256, (BATCH, side, side, 3), dtype=torch.uint8, device=DEVICE)
     words = WORDS.split()
@@ -159,21 +126,15 @@ def measure(name: str, shards: list[Path], scratch: Path, seconds: float, say: C
     both = 1 / (1 / images + 1 / texts)
     flop_image, flop_text = image_flop(config), text_flop(config, float(n_tokens.float().mean()))
 
-    tasks = [
-        ShardTask(i, TarShard(tar), scratch / name / part_name(i), scratch / name / f"{i:05d}.json", BATCH)
-        for i, tar in enumerate(shards)
-    ]
-
-    def report(event: Event) -> None:
-        if isinstance(event, ShardFailed):
-            raise RuntimeError(f"shard {event.number}: {event.error}")
-
+    tasks = tasks_for(shards, scratch / name, BATCH)
     lane.run(tasks[:1], report)  # warms up
-    wanted = max(1, min(len(tasks), round(both * seconds * 0.4 / ROWS_PER_SHARD)))
+    wanted = max(1, min(len(tasks), round(both * max(seconds * 0.5, LEAST_SECONDS) / ROWS_PER_SHARD)))
     _wait()
-    start = time.perf_counter()
-    lane.run(tasks[:wanted], report)
-    end_to_end = wanted * ROWS_PER_SHARD / (time.perf_counter() - start)
+    account = Account()
+    with account.watch():
+        lane.run(tasks[:wanted], report)
+    pictures = wanted * ROWS_PER_SHARD
+    end_to_end = pictures / account.seconds
     rows = [
         ("image tower", images, flop_image * images),
         ("text tower", texts, flop_text * texts),
@@ -186,33 +147,25 @@ def measure(name: str, shards: list[Path], scratch: Path, seconds: float, say: C
          for what, r, f in rows],
     ))  # fmt: skip
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if CUDA else "–"
-    say(f"{wanted * ROWS_PER_SHARD:,} pictures end to end, {threads} decoding threads, peak memory {peak}\n")
+    say(f"{pictures:,} pictures end to end in {account.seconds:.1f} s, peak memory of the device {peak}")
+    waits = ", ".join(f"{what} {share:.0%}" for what, share in sorted(account.waited.items()))
+    say(f"the encoding thread's time: {waits}")
+    busy = account.others / account.seconds / max(DECODERS, 1)
+    say(
+        f"{DECODERS} decoding processes, busy for {busy:.0%} of it; processor ms per picture: theirs "
+        f"{account.others / pictures * 1e3:.2f}, the lane's own {account.own / pictures * 1e3:.2f}, by thread:"
+    )
+    say(", ".join(f"{THREADS.get(n, n)} {used / pictures * 1e3:.3f}" for n, used in account.threads.items()) + "\n")
 
 
-def decoding(shards: list[Path], seconds: float, say: Callable[[str], None]) -> None:
-    """What the processors alone can do: read, decode, resize, thumbnail, tokenize, without any encoder behind."""
-    from ..pipeline.images.decode import Sample, open_picture, read_shard, thumbnail
-
-    transform: Any = open_clip.image_transform(224, is_train=False)
-    to_rgb = transform.transforms[:2]
-
-    def one(sample: Sample) -> None:
-        image = open_picture(sample.data)
-        thumbnail(image)
-        for step in to_rgb:
-            image = step(image)
-        np.asarray(image)
-
-    samples = [item for item in read_shard(shards[0]) if isinstance(item, Sample)]
-    threads = min(16, len(os.sched_getaffinity(0)))
-
-    def work() -> int:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, samples))
-        return len(samples)
-
-    size = np.mean([len(sample.data) for sample in samples]) / 1000
-    say(f"decode, resize, thumbnail alone: {rate(work, seconds):,.0f} pictures/s ({threads} threads, {size:.0f} KB)\n")
+def decoding(shards: list[Path], scratch: Path, say: Callable[[str], None]) -> None:
+    """What the processors alone can do: the lane as `embed` runs it, with an encoder that computes nothing."""
+    account = lane_alone(shards, scratch / "none", DECODERS)
+    pictures = len(shards) * ROWS_PER_SHARD
+    size = np.mean([shard.stat().st_size for shard in shards]) / ROWS_PER_SHARD / 1000
+    say(f"the lane without an encoder: {pictures / account.seconds:,.0f} pictures/s ({DECODERS} decoding processes, "
+        f"{size:.0f} KB); processor ms per picture: the lane's own process {account.own / pictures * 1e3:.2f}, "
+        f"the others {account.others / pictures * 1e3:.2f}\n")  # fmt: skip
 
 
 def main(out: Path, seconds_budget: float) -> None:
@@ -226,9 +179,9 @@ def main(out: Path, seconds_budget: float) -> None:
             file.write(text + "\n")
 
         say(f"## Encoder\n\n{hardware()}\n")
-        shards = write_shards(Path(scratch), jpegs(DISTINCT), 12 if CUDA else 2)
+        shards = write_shards(Path(scratch), jpegs(DISTINCT), 16 if CUDA else 2, ROWS_PER_SHARD)
         say(f"tars written after {time.perf_counter() - began:.1f} s")
-        decoding(shards, 2 if CUDA else 0.1, say)
+        decoding(shards[:8], Path(scratch), say)
         for index, name in enumerate(MODELS):
             left = seconds_budget - (time.perf_counter() - began)
             try:

@@ -6,29 +6,24 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..cache.packed_text import TextFeatures
 from ..core import hub
 from ..core.card import resolve
 from ..core.errors import EclipseError, UsageError
 from ..core.files import require_regular
+from .preprocess import Preprocessing
 from .tokens import CaptionTokenizer
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 PRESETS = {
     "karlo": ("ViT-L-14", "openai"),
@@ -67,14 +62,9 @@ class Encoder:
         self.context_length = tokens.context_length
         self.text_width: int = self._text.ln_final.normalized_shape[0]
         config = PreprocessCfg(**self._visual.preprocess_cfg)
-        self.preprocessing = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
-        height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-        self.image_size = height
-        self._exact_size = (width, height)
-        self._plain = config.mode == "RGB" and config.resize_mode == "shortest" and height == width
-        self._plain = self._plain and config.interpolation == "bicubic"
-        transform: Any = image_transform_v2(config, is_train=False)
-        *self._to_rgb, _, _ = transform.transforms  # all but to-tensor and normalise, which encode_images does
+        self.preprocess = Preprocessing(config)
+        self.preprocessing = self.preprocess.text
+        self.image_size = self.preprocess.size[1]
 
         if text_only:  # most of a CLIP is its image tower: on a device that trains, its room is wanted for other things
             model.visual = self._visual = nn.Identity()
@@ -132,21 +122,6 @@ class Encoder:
                 " open_clip_config.json and open_clip_model.safetensors",
             ) from error
         return cls(loaded, tokenizer, precision=precision, device=device, text_only=text_only)
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """RGB picture → (H, W, 3) uint8, resized and cropped as the encoder was trained; encode_images normalises."""
-        if image.mode == "RGB" and image.size == self._exact_size:
-            return np.array(image)  # what the transforms would give, without their cost
-        if self._plain and image.mode == "RGB":
-            # The same bicubic resize with antialiasing as Pillow's, on uint8 throughout, in two thirds to one third of
-            # its time: a value in 250 differs by one level of 256. At a GPU's rates the resize is what the processors
-            # spend most on, more than on decoding JPEG.
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            pixels = resize(pixels, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
-            return center_crop(pixels, [self.image_size]).permute(1, 2, 0).contiguous().numpy()
-        for transform in self._to_rgb:
-            image = transform(image)
-        return np.array(image)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, context) int64 and the number of real tokens (B,) int64, start and end token included."""

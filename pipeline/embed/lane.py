@@ -9,8 +9,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,18 @@ from torch.nn.functional import normalize
 
 from ..cache.part import PartMeta
 from ..core.errors import EclipseError
-from ..images.decode import BadPictureError, Sample, open_picture, thumbnail
 from ..images.rejects import Reject
 from .clip import Encoder
 from .heads import LinearHead, load_head
+from .prepare import NO_PIXELS, Feeders, Preparation
 from .reader import LaneReader
 from .tasks import Advanced, Event, ShardTask
 from .writer import Chunk, LaneWriter, Picture, Shard
 
 CHUNK_ROWS = 4096  # pairs held until their captions are sorted by length, encoded and written
-MOST_DECODE_THREADS = 16  # a lane: beyond this Python's lock is the limit
+MOST_DECODERS = 16  # processes of a lane: what they decode keeps its own thread busy
 TOKENS_PER_PICTURE = 32  # a batch of text holds this many tokens for each picture in a batch of pictures
 AHEAD = 3  # batches queued on a GPU, or for each thread of a CPU, beyond the last one that is known to be done
-LONGEST_SIDES = 1000  # a picture this many times longer than wide would be blown up by the resize before the crop
-NO_PIXELS = np.empty((0, 0, 3), np.uint8)
-NO_THUMBNAIL = np.zeros(256, np.uint8)  # of rows without a picture: flat, and so like no other
 LEAST_AGREEMENT = 0.98  # median cosine of embeddings that somebody made and this encoder's; another encoder's is near 0
 
 
@@ -55,6 +52,7 @@ class LaneSpec:
         sharing: lanes that share the machine it is built on, whose cores decode.
         """
         if device.startswith("cuda"):
+            Feeders.import_ahead()
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
             # `benchmark` would choose kernels by timing them, and parts would differ from run to run. A ViT has one
@@ -73,8 +71,10 @@ class LaneSpec:
             text_states=self.text_states,
             **dict.fromkeys(heads, True),
         )
+        if not device.startswith("cuda"):
+            return Lane(encoder, heads, meta)
         cores = len(os.sched_getaffinity(0))
-        return Lane(encoder, heads, meta, decode_threads=max(1, min(MOST_DECODE_THREADS, cores // sharing)))
+        return Lane(encoder, heads, meta, decoders=max(1, min(MOST_DECODERS, cores // sharing)))
 
 
 @dataclass
@@ -93,16 +93,20 @@ class Lane:
     A batch never spans two shards: a part's bytes depend on its shard, the encoder and the batch size alone, whatever
     was interrupted and whoever worked beside. The next shard is read while this one is encoded: no device waits.
 
-    A GPU is fed by the main thread while the pool decodes. On a CPU the pool encodes as well, one batch a thread, each
-    thread computing alone: that leaves no core idle and costs less than splitting every operation over the cores.
+    A GPU is fed by the main thread while processes read and decode; `decoders` is how many decode. On a CPU a pool of
+    threads decodes and encodes, one batch a thread, each thread computing alone: that leaves no core idle and costs
+    less than splitting every operation over the cores.
     """
 
-    def __init__(self, encoder: Encoder, heads: dict[str, LinearHead], meta: PartMeta, *, decode_threads: int) -> None:
+    def __init__(self, encoder: Encoder, heads: dict[str, LinearHead], meta: PartMeta, *, decoders: int = 0) -> None:
         self.encoder = encoder
         self.heads = heads
         self.meta = meta
         self._cuda = encoder.device.type == "cuda"
-        self._threads = decode_threads if self._cuda else torch.get_num_threads()
+        self._threads = torch.get_num_threads()
+        self._ahead = 2 * (decoders or self._threads) + 16
+        self._prepare = Preparation(encoder.preprocess, encoder.tokenize_captions)
+        self._feeders = Feeders(self._prepare, decoders) if decoders else None
         self._events: deque[torch.cuda.Event] = deque()
         self._encodes: deque[Future[Any]] = deque()
 
@@ -111,12 +115,11 @@ class Lane:
 
         A shard that fails is reported and the others go on; a broken device raises.
         """
-        ahead = 2 * self._threads + 16
         with (
             self._one_thread_each(),
             ThreadPoolExecutor(self._threads, "pool") as self._pool,
             ThreadPoolExecutor(1, "finish") as self._finisher,
-            LaneReader(tasks, lambda items: self._pool.submit(self._prepare, items), ahead) as reader,
+            self._reader(tasks) as reader,
             LaneWriter(self.meta, report, reader.fail) as writer,
         ):
             state = _Encoding()
@@ -134,6 +137,16 @@ class Lane:
                 if group is None:
                     writer.put(shard, None)
                     state = _Encoding()
+
+    def _reader(self, tasks: Iterable[ShardTask]) -> LaneReader:
+        if self._feeders is not None:
+            return LaneReader(tasks, self._feeders.decode, self._ahead, self._feeders.read)
+        return LaneReader(tasks, lambda items: self._pool.submit(self._prepare, items), self._ahead)
+
+    def close(self) -> None:
+        """End the processes that feed it. Those of a process that dies end by themselves."""
+        if self._feeders is not None:
+            self._feeders.close()
 
     @contextmanager
     def _one_thread_each(self) -> Iterator[None]:
@@ -155,38 +168,6 @@ class Lane:
         if len(self._encodes) > AHEAD * self._threads:
             wait([self._encodes.popleft()])
         return self._encodes[-1]
-
-    def _prepare(self, items: list[Sample | Reject]) -> list[Picture | Reject]:
-        """Decode, resize, tokenize: all that needs no device. Runs in the decode threads."""
-        outcomes: list[Picture | Reject] = []
-        for item in items:
-            outcomes += [item] if isinstance(item, Reject) else self._pictures(item)
-        pictures = [outcome for outcome in outcomes if isinstance(outcome, Picture)]
-        tokens = self.encoder.tokenize_captions([c for picture in pictures for c in picture.sample.captions])
-        ids, n_tokens, truncated = tokens.ids.numpy(), tokens.n_tokens.numpy(), tokens.truncated.numpy()
-        first = 0
-        for picture in pictures:
-            own = slice(first, first + len(picture.sample.captions))
-            picture.tokens, picture.n_tokens = ids[own], n_tokens[own]
-            picture.truncated = int(truncated[own].sum())
-            first = own.stop
-        return outcomes
-
-    def _pictures(self, sample: Sample) -> list[Picture] | list[Reject]:
-        """The sample, decoded; a Reject for each of its captions if that cannot be done."""
-        if sample.embedded is not None:
-            pixels = NO_PIXELS
-            with suppress(BadPictureError):
-                pixels = self.encoder.preprocess(open_picture(sample.data)) if sample.data else NO_PIXELS
-            return [Picture(replace(sample, data=b""), sample.embedded.size, pixels, NO_THUMBNAIL)]
-        try:
-            image = open_picture(sample.data)
-        except BadPictureError as error:
-            return sample.rejects(error.reason)
-        if max(image.size) > LONGEST_SIDES * min(image.size):
-            return sample.rejects("too_narrow")
-        # The file's bytes go: a chunk waits for thousands of pictures.
-        return [Picture(replace(sample, data=b""), image.size, self.encoder.preprocess(image), thumbnail(image))]
 
     def _step(
         self,

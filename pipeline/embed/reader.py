@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from ..images.decode import Sample
 from ..images.rejects import Reject
+from ..images.shards import ImageShard
 from .tasks import ShardTask
 from .writer import Picture, Shard
 
@@ -16,24 +17,43 @@ GROUP = 32  # pictures that one thread decodes at a time: keeps the queue's cost
 GROUP_BYTES = 8 << 20  # of files in a group, unless one alone is larger
 BYTES_AHEAD = 256 << 20  # of files read and not decoded yet: members may have 256 MB each, and groups are many
 
+Items = list[Sample | Reject]
 Group = tuple[Shard, "Future[list[Picture | Reject]] | None"]
+
+
+def groups_of(shard: ImageShard) -> Iterator[Items]:
+    """What a shard holds, in order, GROUP or GROUP_BYTES at a time."""
+    items: Items = []
+    size = 0
+    for item in shard.samples():
+        length = len(item.data) if isinstance(item, Sample) else 0
+        if items and (len(items) == GROUP or size + length > GROUP_BYTES):
+            yield items
+            items, size = [], 0
+        items.append(item)
+        size += length
+    if items:
+        yield items
 
 
 class LaneReader:
     """Reads shards and starts the decoding of their samples, at most `ahead` groups before the encoder.
 
     Iterating gives (shard, group being decoded) in order, and (shard, None) at a shard's end. Of files that are read
-    and not decoded yet it holds at most BYTES_AHEAD, or one group if that alone is larger.
+    and not decoded yet it holds at most BYTES_AHEAD, or one group if that alone is larger. read: how it comes by a
+    shard's groups, in its thread.
     """
 
     def __init__(
         self,
         tasks: Iterable[ShardTask],
-        start: Callable[[list[Sample | Reject]], Future[list[Picture | Reject]]],
+        start: Callable[[Items], Future[list[Picture | Reject]]],
         ahead: int,
+        read: Callable[[ImageShard], Iterable[Items]] = groups_of,
     ) -> None:
         self._tasks = tasks
         self._start = start
+        self._read_groups = read
         self._ahead = ahead
         self._count = self._bytes = 0  # groups not taken by the encoder, bytes not decoded
         self._changed = threading.Condition()
@@ -82,22 +102,14 @@ class LaneReader:
             self._groups.put(error)
 
     def _read(self, shard: Shard) -> None:
-        items: list[Sample | Reject] = []
-        size = 0
-        for item in shard.task.shard.samples() if shard.error is None else ():
-            length = len(item.data) if isinstance(item, Sample) else 0
-            if items and (len(items) == GROUP or size + length > GROUP_BYTES):
-                self._submit(shard, items, size)
-                items, size = [], 0
-            shard.fate.inputs += len(item.captions) if isinstance(item, Sample) else 1
-            items.append(item)
-            size += length
+        for items in self._read_groups(shard.task.shard) if shard.error is None else ():
+            shard.fate.inputs += sum(len(item.captions) if isinstance(item, Sample) else 1 for item in items)
+            self._submit(shard, items)
             if self._stopped:
                 return
-        if items:
-            self._submit(shard, items, size)
 
-    def _submit(self, shard: Shard, items: list[Sample | Reject], size: int) -> None:
+    def _submit(self, shard: Shard, items: Items) -> None:
+        size = sum(len(item.data) for item in items if isinstance(item, Sample))
         with self._changed:
             while not self._stopped and (
                 self._count >= self._ahead or (self._bytes and self._bytes + size > BYTES_AHEAD)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from ..core.files import require_regular
 
 MEMBER_LIMIT = 256 << 20  # bytes; a header may claim anything
+READ_AHEAD = 1 << 20  # bytes: members are read one after the other
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -38,11 +39,14 @@ def is_remote(address: Path | str) -> bool:
 
 
 @contextmanager
-def opened(address: Path | str) -> Iterator[tuple[BinaryIO, int]]:
-    """A file to read and seek in, and its size in bytes. Raises OSError if there is none."""
+def opened(address: Path | str, read_ahead: int = -1) -> Iterator[tuple[BinaryIO, int]]:
+    """A file to read and seek in, and its size in bytes. Raises OSError if there is none.
+
+    read_ahead: bytes that a local file is read in; -1: few, for reading here and there.
+    """
     if not is_remote(address):
         require_regular(Path(address))
-        with Path(address).open("rb") as file:
+        with Path(address).open("rb", buffering=read_ahead) as file:
             yield file, os.fstat(file.fileno()).st_size
         return
     import fsspec
@@ -59,7 +63,7 @@ def members(address: Path | str) -> Iterator[Member | Damage]:
 
     After a damaged header reading goes on at the next one that is whole. Raises OSError if the file cannot be opened.
     """
-    with opened(address) as (file, size):
+    with opened(address, READ_AHEAD) as (file, size):
         if size == 0:
             return
         try:
@@ -127,21 +131,29 @@ def _reason(error: Exception) -> str:
 
 
 class _Bounded:
-    """A file whose reads never ask for more than it holds: headers claim sizes that would fill the memory."""
+    """A file whose reads never ask for more than it holds: headers claim sizes that would fill the memory.
+
+    It knows its place: asking the file takes a system call, and tarfile asks six times a member.
+    """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self._size = size
+        self._place = file.tell()
 
     def read(self, n: int = -1) -> bytes:
-        left = max(self._size - self._file.tell(), 0)
-        return self._file.read(left if n < 0 else min(n, left))
+        left = max(self._size - self._place, 0)
+        data = self._file.read(left if n < 0 else min(n, left))
+        self._place += len(data)
+        return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        if whence != os.SEEK_SET or offset != self._place:
+            self._place = self._file.seek(offset, whence)
+        return self._place
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._place
 
     def close(self) -> None:
         self._file.close()
