@@ -118,6 +118,7 @@ class Account:
             for name, number in last:
                 kind = name.partition("_")[0].partition("-")[0]
                 self.threads[kind] = self.threads.get(kind, 0.0) + last[name, number] - first[name, number]
+            self.own -= self.threads.pop("look", 0.0)
             self.waited = {what: count / seen.total() for what, count in seen.items()}
 
 
