@@ -260,16 +260,16 @@ def show_training(report: Report, smoke: bool) -> None:
     steps_module.COMPILED_FROM = 0 if CUDA else COMPILED_FROM
     sizes = (1024, 4096) if CUDA else (16,)
     columns = ["eclipse train", "batch", "samples/s", "tokens/s", "MFU", "waiting for data", "seconds, all told"]
-    for batch, (name, resident) in itertools.product(sizes, (("memory-mapped", False), ("resident", True))):
-        count = max(4, steps * sizes[0] // batch)
-        options = {"steps": count, "batch_size": batch, "validate_every": count, "checkpoint_every": count}
-        with tempfile.TemporaryDirectory() as scratch:
-            dim = PRESETS[preset].embedding_dim
+    dim = PRESETS[preset].embedding_dim
+    with tempfile.TemporaryDirectory() as scratch:
+        for batch, (name, resident) in itertools.product(sizes, (("memory-mapped", False), ("resident", True))):
+            count = max(4, steps * sizes[0] // batch)
+            options = {"steps": count, "batch_size": batch, "validate_every": count, "checkpoint_every": count}
             job = made_job(Path(scratch), rows, dim, preset=preset, card=card, resident=resident, **options)
-            found = work(job, not CUDA, True)
-        used = found["model_flop_utilisation"]
-        rates = [f"{found[key]:,.0f}" for key in ("samples_per_second", "tokens_per_second")]
-        share = "" if used is None else f"{used:.1%}"
-        cells = [name, batch, *rates, share, f"{found['data_wait_share']:.2%}", f"{found['seconds']:.0f}"]
-        report.say(table(columns, [cells]) if columns else "| " + " | ".join(map(str, cells)) + " |")
-        columns = []
+            found = work(replace(job, directory=Path(scratch) / f"{name}-{batch}"), not CUDA, True)
+            used = found["model_flop_utilisation"]
+            rates = [f"{found[key]:,.0f}" for key in ("samples_per_second", "tokens_per_second")]
+            share = "" if used is None else f"{used:.1%}"
+            cells = [name, batch, *rates, share, f"{found['data_wait_share']:.2%}", f"{found['seconds']:.0f}"]
+            report.say(table(columns, [cells]) if columns else "| " + " | ".join(map(str, cells)) + " |")
+            columns = []
