@@ -76,7 +76,7 @@ def build(
     if "pack" in wanted:
         build_unet.pack(folder, models)
     if "card" in wanted:
-        write_model_card(folder, models, Card.load("shapes"), each=100, progress=Progress())
+        write_model_card(folder, models, Card.load("shapes"), each=40, progress=Progress())
 
 
 if __name__ == "__main__":
